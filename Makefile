@@ -1,0 +1,32 @@
+# Every target sets up what it needs in .venv, once. `make run PRESET=smollm` runs on real models.
+PYTHON ?= python3
+PRESET ?= embedded
+BIN := .venv/bin
+export PRESET
+
+.PHONY: run test lab lint clean
+
+run: .venv/ready
+	$(BIN)/python -m helpers.publish
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: .venv/ready
+	$(BIN)/jupyter lab notebooks
+
+lint: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first: a later package would otherwise choose a build of its own.
+.venv/ready: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
