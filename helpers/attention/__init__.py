@@ -1,0 +1,73 @@
+"""Attention that reads the packed cache, offered to transformers under the name "packed_kv".
+
+`use_packed_attention(model)` is all a user needs. The same attention serves every other cache: tensors go on to
+the library's scaled-dot-product attention.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from helpers.attention.reference import attention_variance, packed_attention
+from helpers.kv_cache import PACKED_ATTENTION, PackedStates
+
+
+def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model` read `PackedKVCache` directly; without this the cache hands out dequantized tensors.
+
+    Raises `ValueError` for models whose attention cannot be exchanged.
+    """
+    # The mask function must be registered as well: without one transformers drops the padding mask silently.
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if model.config._attn_implementation != PACKED_ATTENTION:
+        raise ValueError(f"{type(model).__name__} does not take attention functions; use the cache without this call")
+    return model
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | PackedStates,
+    value: torch.Tensor | PackedStates,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention function in transformers' calling convention; returns `[B, query tokens, heads, D]` and None.
+
+    `query` is `[B, heads, query tokens, D]`; `key` and `value` are tensors or the cache's `PackedStates`;
+    `attention_mask` covers keys by their position in the text.
+    """
+    if not isinstance(key, PackedStates):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if kwargs.get("sliding_window") is not None:
+        refused.append("sliding_window")
+    if refused:
+        raise ValueError(f"packed attention does not support {', '.join(refused)}, which {type(module).__name__} uses")
+    states, cache = key, key.cache
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if states.layer_idx == 0:
+        _note_padding(states, attention_mask)
+    record = cache.record_variance and states.layer_idx == len(cache.layers) - 1
+    if states.store is None:
+        tail_keys, tail_values = states.tail_keys, states.tail_values
+        if record:
+            cache.attention_variance = attention_variance(query, tail_keys, attention_mask, scaling)
+        return sdpa_attention_forward(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
+    output, variance = packed_attention(query, states, attention_mask, scaling, record)
+    if record:
+        cache.attention_variance = variance
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _note_padding(states: PackedStates, attention_mask: torch.Tensor | None) -> None:
+    """Tell the cache which tokens are real until it has fixed its centring vectors: what the last query may see."""
+    cache = states.cache
+    if not cache.stores and attention_mask is not None:
+        last = attention_mask[:, 0, -1]
+        last = last if last.dtype == torch.bool else last >= 0
+        cache.visible = last.expand(states.tail_keys.shape[0], -1).clone()

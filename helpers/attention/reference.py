@@ -1,0 +1,155 @@
+"""Packed attention in plain PyTorch: the definition that the fast implementations are held to.
+
+Keys are stored as `(k - c) R`. A query sees them as `q k = (q R) (k - c) R + q c`; values come back as
+`sum p v = (sum p v') R^T + c sum p`. So the query is rotated once and the output rotated back once, and packed
+tokens are read in the order in which they lie: softmax does not depend on it.
+"""
+
+import torch
+
+from helpers.kv_cache import PackedStates
+from helpers.packed_store import EMPTY, Bucket
+from helpers.quantization import FULL_WIDTH, dequantize
+
+
+def packed_attention(
+    query: torch.Tensor,
+    states: PackedStates,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    record_variance: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `query` `[B, heads, Q, D]` over one layer's packed tokens and its tail.
+
+    `attention_mask`, bool or additive, is `[B or 1, heads or 1, Q, tokens]` with keys by position; without it the
+    queries are the newest tokens and see everything up to themselves. Computed in float32 (float64 where the query
+    is). Returns `[B, heads, Q, D]` in the query's dtype and, if asked for, the variance `[B, Q]` of the attention
+    rows, mean over heads. Attention received by pending tokens is added to their bucket where the store records it.
+    """
+    store, layer = states.store, states.layer
+    rows, heads, queries, _ = query.shape
+    kv_heads = states.tail_keys.shape[1]
+    q = query.to(store.dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
+    q_rotated = q_centre = None
+    if store.rotation:
+        q_rotated = q @ store.rotation["key"]
+        q_centre = (q * store.centre["key"][layer][:, :, None, None]).sum(-1, keepdim=True)
+    mask = _grouped_mask(attention_mask, rows, heads, kv_heads)
+
+    scores = []
+    for bucket in states.buckets:
+        part = _bucket_scores(bucket, layer, store, q, q_rotated, q_centre) * scaling
+        if mask is not None:
+            at = bucket.positions(layer).clamp_(max=mask.shape[-1] - 1)[:, :, None, None]
+            part = _apply_mask(part, mask.gather(-1, at.expand(*mask.shape[:-1], at.shape[-1])))
+        if bucket.ragged:
+            empty = bucket.view("token", layer) == EMPTY
+            part = part.masked_fill(empty[:, :, None, None], -torch.inf)
+        scores.append(part)
+    tail = (q @ states.tail_keys.to(store.dtype)[:, :, None].mT) * scaling
+    if mask is not None:
+        tail = _apply_mask(tail, mask[..., -tail.shape[-1] :])
+    elif queries > 1:
+        tail = tail.masked_fill(_future(queries, tail.shape[-1], query.device), -torch.inf)
+    scores.append(tail)
+
+    scores = torch.cat(scores, dim=-1)
+    weights = scores.softmax(dim=-1)
+    # A row of padding sees nothing; its softmax is not a number, and nobody reads what comes of it.
+    weights = weights.nan_to_num(0.0) if mask is not None else weights
+    output = _weighted_values(weights, states, layer)
+    variance = None
+    if record_variance:
+        seen = scores.isfinite().sum(-1)
+        variance = row_variance(weights, seen).flatten(1, 2).mean(1)
+    return output.flatten(1, 2).to(query.dtype), variance
+
+
+def _bucket_scores(bucket: Bucket, layer: int, store, q, q_rotated, q_centre) -> torch.Tensor:
+    """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of one bucket."""
+    bits, codes = bucket.stage.key_bits, bucket.view("key_codes", layer)
+    if bits == FULL_WIDTH:
+        return q @ codes.contiguous().view(store.full_dtype).to(store.dtype)[:, :, None].mT
+    keys = dequantize(codes, bucket.view("key_scales", layer), bits, store.dtype)[:, :, None]
+    if q_rotated is None:
+        return q @ keys.mT
+    return q_rotated @ keys.mT + q_centre
+
+
+def _weighted_values(weights: torch.Tensor, states: PackedStates, layer: int) -> torch.Tensor:
+    store = states.store
+    tail_values = states.tail_values.to(store.dtype)[:, :, None]
+    plain, rotated, rotated_weight, at = 0, 0, 0, 0
+    for bucket in states.buckets:
+        part = weights[..., at : at + bucket.slots]
+        at += bucket.slots
+        bits, codes = bucket.stage.value_bits, bucket.view("value_codes", layer)
+        if bits == FULL_WIDTH:
+            plain = plain + part @ codes.contiguous().view(store.full_dtype).to(store.dtype)[:, :, None]
+        else:
+            values = dequantize(codes, bucket.view("value_scales", layer), bits, store.dtype)[:, :, None]
+            if store.rotation:
+                rotated = rotated + part @ values
+                rotated_weight = rotated_weight + part.sum(-1, keepdim=True)
+            else:
+                plain = plain + part @ values
+        if "received" in bucket.fields:
+            bucket.view("received", layer).add_(part.sum((2, 3)))
+    output = plain + weights[..., at:] @ tail_values
+    if isinstance(rotated, torch.Tensor):
+        centre = store.centre["value"][layer][:, :, None, None]
+        output = output + rotated @ store.rotation["value"].T + centre * rotated_weight
+    return output
+
+
+def _grouped_mask(mask: torch.Tensor | None, rows: int, heads: int, kv_heads: int) -> torch.Tensor | None:
+    """The mask as `[B, H, G, Q, tokens]`, a view where it is the same for all heads."""
+    if mask is None:
+        return None
+    return mask.expand(rows, heads, *mask.shape[2:]).unflatten(1, (kv_heads, heads // kv_heads))
+
+
+def _apply_mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    hidden = mask <= torch.finfo(mask.dtype).min  # how transformers writes "not visible" additively
+    return (scores + mask.to(scores.dtype)).masked_fill(hidden, -torch.inf)
+
+
+def _future(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """True where a key is newer than its query; the queries are the newest of the keys."""
+    query_at = torch.arange(keys - queries, keys, device=device)
+    return torch.arange(keys, device=device) > query_at[:, None]
+
+
+def row_variance(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Population variance of attention rows `[..., Q, keys]` over the `seen` `[..., Q]` keys: `sum p^2 / n - 1 / n^2`.
+
+    Keys that a query may not see have weight 0 and are not counted.
+    """
+    return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0)
+
+
+def attention_variance(
+    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float, chunk: int = 256
+) -> torch.Tensor:
+    """Variance `[B, Q]` of the attention rows, mean over heads, for plain keys `[B, H, tokens, D]`.
+
+    Worked through `chunk` queries at a time, since no fused kernel gives the weights.
+    """
+    rows, heads, queries, _ = query.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
+    mask = _grouped_mask(attention_mask, rows, heads, kv_heads)
+    future = _future(queries, tokens, query.device)
+    variances = []
+    for at in range(0, queries, chunk):
+        part = slice(at, at + chunk)
+        scores = q[..., part, :] @ keys.to(dtype)[:, :, None].mT * scaling
+        scores = (
+            scores.masked_fill(future[part], -torch.inf) if mask is None else _apply_mask(scores, mask[..., part, :])
+        )
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        variances.append(row_variance(weights, scores.isfinite().sum(-1)).flatten(1, 2).mean(1))
+    return torch.cat(variances, dim=-1)

@@ -1,0 +1,470 @@
+"""`PackedKVCache`: a `transformers.Cache` whose older tokens are really stored at 2, 4, 8 or 16 bits.
+
+    cache = PackedKVCache(model.config, bits=4)
+    model.generate(**inputs, past_key_values=cache)
+
+New tokens enter a full-precision tail. Once a block of them is complete it can be committed (quantized); with `bits`
+the cache does that by itself, without it somebody calls `commit`, as `generation.PolicyDriver` does. Tokens
+committed as pending can later be settled at another width. The cache knows nothing of how widths are chosen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from helpers.packed_store import CENTRE_TOKENS, EMPTY, Bucket, PackedStore, Stage
+from helpers.quantization import FULL_WIDTH, check_width
+
+PACKED_ATTENTION = "packed_kv"
+QUANTIZERS = ("rotated", "minmax")
+
+Widths = int | tuple[int, int]
+
+
+@dataclass
+class PackedStates:
+    """What `update` hands to packed attention in place of keys and of values: one layer's tokens as stored."""
+
+    cache: "PackedKVCache"
+    store: PackedStore | None  # None while nothing is committed
+    layer: int  # index of the layer inside `store`
+    layer_idx: int  # index of the layer in the model
+    tail_keys: torch.Tensor  # [B, H, tail tokens, D]
+    tail_values: torch.Tensor
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Buckets that hold committed tokens."""
+        return [bucket for bucket in self.store.buckets.values() if bucket.slots] if self.store else []
+
+
+class PackedLayer(CacheLayerMixin):
+    """One layer's full-precision tail, and its door to the store that it shares with the other layers.
+
+    What concerns the shared store (reset, crop, reorder, repeat, select, offload) is done for all layers when it is
+    asked of the first one, so that a container's loop over its layers does it once.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, cache: "PackedKVCache", layer_idx: int):
+        super().__init__()
+        self.cache, self.layer_idx = cache, layer_idx
+        self.tail_length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[-1]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append `[B, H, n, D]` to the tail and return all states: packed if packed attention reads them, else dense.
+
+        Raises `ValueError` where batch, heads, head_dim or dtype differ from what the cache holds.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif self.keys.device != key_states.device:
+            self.prefetch()
+        self._check(key_states)
+        if self.layer_idx == 0:
+            self.cache.begin_forward()
+        new, at = key_states.shape[2], self.tail_length
+        self._reserve(at + new)
+        self.keys[:, :, at : at + new] = key_states
+        self.values[:, :, at : at + new] = value_states
+        self.tail_length = at + new
+        states = self.cache.states(self.layer_idx)
+        if self.cache.reads_packed:
+            return states, states
+        return self.cache.dense(states)
+
+    def _check(self, states: torch.Tensor) -> None:
+        held, given = self.keys, states
+        if held.shape[0] != given.shape[0]:
+            raise ValueError(
+                f"the cache holds {held.shape[0]} sequence(s), the model sent {given.shape[0]}: reset it before "
+                f"another batch, or repeat its rows first for beams{self.cache.rows_note}"
+            )
+        if (held.shape[1], held.shape[3], held.dtype) != (given.shape[1], given.shape[3], given.dtype):
+            raise ValueError(
+                f"the cache holds {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, the model sent "
+                f"{given.shape[1]} heads of {given.shape[3]} in {given.dtype}: use one cache per model"
+            )
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens <= self.keys.shape[2]:
+            return
+        block = self.cache.block
+        capacity = -(-tokens // block) * block
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.tail_length] = old[:, :, : self.tail_length]
+            setattr(self, name, new)
+
+    def drop_front(self, tokens: int) -> None:
+        """Remove the oldest `tokens` tokens of the tail, giving back what a long prompt took."""
+        rest = self.tail_length - tokens
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            kept = old[:, :, tokens : self.tail_length].clone()
+            if old.shape[2] > 2 * self.cache.block:
+                setattr(self, name, kept)
+            else:
+                old[:, :, :rest] = kept
+        self.tail_length = rest
+
+    def get_seq_length(self) -> int:
+        return self.cache.committed + self.tail_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.tail_length = 0
+        if self.layer_idx == 0:
+            self.cache.clear_stores()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens (a non-positive count, as everywhere in transformers 5)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a non-positive number of tokens to remove, got {tokens_to_remove}")
+        if self.layer_idx == 0 and self.is_initialized:
+            self.cache.crop_all(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.layer_idx == 0 and self.is_initialized:
+            if self.cache.rows_note:
+                raise ValueError(f"the rows of this cache cannot be reordered{self.cache.rows_note}")
+            self.cache.map_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.layer_idx == 0 and self.is_initialized:
+            self.cache.map_rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.layer_idx == 0 and self.is_initialized:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero()[:, 0]
+            self.cache.map_rows(indices)
+
+    def _move(self, device: torch.device | str) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        if self.layer_idx == 0:
+            for store in self.cache.stores:
+                store.to(device if device == "cpu" else self.cache.layers[store.layers[0]].device)
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+            if self.layer_idx != 0:
+                self.cache.layers[0].prefetch()
+
+    def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tail, `[B, H, tail tokens, D]` each."""
+        return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+
+
+class PackedKVCache(Cache):
+    """Key/value cache with packed, mixed-width storage for full-attention decoder models.
+
+    Args:
+        config: the model's configuration.
+        bits: width at which the cache commits by itself, or a pair (key bits, value bits); None leaves committing to
+            the caller, and without one everything stays in full precision.
+        block: tokens that are committed together, 1 to 255; a tail of up to `block` tokens stays in full precision.
+        quantizer: "rotated" (centred and rotated, DESIGN section 3) or "minmax" (plain per-token minimum-maximum).
+        max_length: slots that a bucket reserves at once; without it buckets grow as needed.
+
+    Raises `ValueError` for widths, blocks or models that it cannot serve: encoder-decoder and sliding-window models.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bits: Widths | None = None,
+        block: int = 16,
+        quantizer: str = "rotated",
+        max_length: int | None = None,
+    ):
+        _refuse_unsupported(config)
+        if not 1 <= block < EMPTY:
+            raise ValueError(f"block must lie between 1 and {EMPTY - 1} tokens, got {block!r}")
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {QUANTIZERS}, got {quantizer!r}")
+        self.config = config.get_text_config(decoder=True)
+        self.bits = None if bits is None else _width_pair(bits)
+        self.block, self.quantizer, self.max_length = block, quantizer, max_length
+        self.stores: list[PackedStore] = []
+        self.store_of: dict[int, tuple[PackedStore, int]] = {}
+        self.committed = 0
+        self.visible: torch.Tensor | None = None
+        self.rows_note = ""
+        self.record_variance = False
+        self.record_received = False
+        self.attention_variance: torch.Tensor | None = None
+        super().__init__(layers=[PackedLayer(self, i) for i in range(self.config.num_hidden_layers)])
+
+    @property
+    def reads_packed(self) -> bool:
+        """Whether the model's attention takes `PackedStates` (see `attention.use_packed_attention`)."""
+        return self.config._attn_implementation == PACKED_ATTENTION
+
+    def states(self, layer_idx: int) -> PackedStates:
+        store, layer = self.store_of.get(layer_idx, (None, 0)) if self.committed else (None, 0)
+        return PackedStates(self, store, layer, layer_idx, *self.layers[layer_idx].tail())
+
+    def dense(self, states: PackedStates) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer in text order, dequantized, `[B, H, tokens, D]` each, in the model's dtype."""
+        if states.store is None:
+            return states.tail_keys, states.tail_values
+        tails = {"key": states.tail_keys, "value": states.tail_values}
+        return tuple(
+            torch.cat([states.store.dense(side, states.layer, self.committed).to(tail.dtype), tail], dim=2)
+            for side, tail in tails.items()
+        )
+
+    def begin_forward(self) -> None:
+        """Called by the first layer before it takes new tokens: the moment to commit what is complete."""
+        if self.bits is not None and (ready := self.committable):
+            self.commit(self.bits, ready)
+
+    @property
+    def tail_length(self) -> int:
+        """Tokens in the full-precision tail."""
+        return self.layers[0].tail_length
+
+    @property
+    def committable(self) -> int:
+        """How many of the oldest tail tokens may be committed now: whole blocks, once the centre can be fixed."""
+        ready = self.tail_length // self.block * self.block
+        if not ready or self.stores or self.quantizer == "minmax":
+            return ready
+        real = self.tail_length if self.visible is None else int(self.visible[:, : self.tail_length].sum(-1).min())
+        return ready if real >= CENTRE_TOKENS else 0
+
+    def commit(self, bits: Widths | torch.Tensor | np.ndarray, tokens: int | None = None, pending: bool = False):
+        """Quantize the oldest `tokens` tokens of the tail (default: all that are `committable`).
+
+        `bits` is one width, a pair (key bits, value bits), or an integer array `[B, tokens]` with the width of each
+        token. `pending` tokens, which must share one width, can be settled later. Raises `ValueError` for widths
+        outside 2, 4, 8, 16 and for a number of tokens that is not a committable number of whole blocks.
+        """
+        if isinstance(bits, torch.Tensor):
+            bits = bits.cpu().numpy()  # the one host read of a block
+        if isinstance(bits, np.ndarray):
+            rows = self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
+            if bits.ndim != 2 or bits.shape[0] != rows:
+                raise ValueError(f"bits must have shape [{rows}, tokens], one row a sequence; got {list(bits.shape)}")
+            if tokens not in (None, bits.shape[1]):
+                raise ValueError(f"bits holds {bits.shape[1]} tokens a row, but tokens is {tokens}")
+            tokens = bits.shape[1]
+            used = np.unique(bits)
+            for width in used.tolist():
+                check_width(width)
+            if len(used) == 1:
+                bits = int(used[0])
+            elif pending:
+                raise ValueError(f"pending tokens must share one width, got {used.tolist()}")
+        if not isinstance(bits, np.ndarray):
+            bits = _width_pair(bits)
+        ready = self.committable
+        tokens = ready if tokens is None else tokens
+        if not 0 <= tokens <= ready or tokens % self.block:
+            raise ValueError(f"tokens must be a multiple of block ({self.block}) up to {ready}, got {tokens}")
+        if not tokens:
+            return
+        if not self.stores:
+            self._make_stores()
+        for store in self.stores:
+            keys, values = (
+                torch.stack([getattr(self.layers[i], name)[:, :, :tokens] for i in store.layers])
+                for name in ("keys", "values")
+            )
+            store.commit(keys, values, bits, self.committed, self.block, pending)
+        for layer in self.layers:
+            layer.drop_front(tokens)
+        self.committed += tokens
+
+    def settle(
+        self,
+        source: Widths,
+        target: Widths,
+        blocks: int = 1,
+        keep: int = 0,
+        scores: list[torch.Tensor] | torch.Tensor | None = None,
+        pending: bool = False,
+    ) -> None:
+        """Re-quantize the oldest `blocks` pending blocks of width `source` to `target`.
+
+        With `keep`, every layer, row and head leaves the `keep` tokens of each block that have its highest `scores`
+        as they are (settled); `scores` is `[L, B, H, blocks * block]`, or a list of such tensors, one a store. The
+        other tokens move to `target` and, with `pending`, may be settled once more. Raises `ValueError` where there
+        are fewer pending blocks, or where `keep` is not within the block or lacks scores.
+        """
+        stage = Stage(*_width_pair(source, "source"), pending=True)
+        goal = _width_pair(target, "target")
+        if not self.stores or blocks < 1 or blocks > self.pending_blocks(source):
+            raise ValueError(
+                f"blocks must lie between 1 and the number of pending blocks at {source} bits "
+                f"({self.pending_blocks(source)}), got {blocks}"
+            )
+        if not 0 <= keep <= self.block:
+            raise ValueError(f"keep must lie between 0 and block ({self.block}), got {keep}")
+        if keep and scores is None:
+            raise ValueError(f"keep={keep} needs scores to choose by")
+        if isinstance(scores, torch.Tensor):
+            scores = [scores]
+        for number, store in enumerate(self.stores):
+            at = 0
+            for _ in range(blocks):
+                tokens = store.buckets[stage].blocks[0][1]
+                part = scores[number][..., at : at + tokens] if keep else None
+                if keep and part.shape[-1] != tokens:
+                    raise ValueError(f"scores must cover {blocks} blocks of {self.block}, got {scores[number].shape}")
+                store.settle(stage, goal, min(keep, tokens), part, pending)
+                at += tokens
+
+    def pending_blocks(self, bits: Widths) -> int:
+        """Number of blocks that wait to be settled at width `bits`."""
+        bucket = self.stores[0].buckets.get(Stage(*_width_pair(bits), pending=True)) if self.stores else None
+        return len(bucket.blocks) if bucket else 0
+
+    def _make_stores(self) -> None:
+        groups: dict[tuple, list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            shape = (layer.device, layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+            groups.setdefault(shape, []).append(i)
+        for members in groups.values():
+            first = self.layers[members[0]]
+            store = PackedStore(members, first.keys, first.values, self.quantizer, self.max_length)
+            store.record_received = self.record_received
+            if self.quantizer == "rotated":
+                weights = self._centre_weights(first.device)
+                tokens = weights.shape[1]
+                for side, name in (("key", "keys"), ("value", "values")):
+                    states = torch.stack([getattr(self.layers[i], name)[:, :, :tokens] for i in members])
+                    store.set_centre(side, states, weights)
+            self.stores.append(store)
+            self.store_of |= {i: (store, at) for at, i in enumerate(members)}
+        self.visible = None
+
+    def _centre_weights(self, device: torch.device) -> torch.Tensor:
+        """1 for the first real tokens of each row, 0 for padding and for all later ones, `[B, tokens]`."""
+        if self.visible is None:
+            return torch.ones(self.layers[0].keys.shape[0], CENTRE_TOKENS, device=device)
+        visible = self.visible[:, : self.tail_length].to(device)
+        return (visible & (visible.cumsum(-1) <= CENTRE_TOKENS)).float()
+
+    def clear_stores(self) -> None:
+        self.stores, self.store_of, self.committed = [], {}, 0
+        self.visible = self.attention_variance = None
+
+    def crop_all(self, tokens: int) -> None:
+        length = max(0, self.get_seq_length() - tokens)
+        for layer in self.layers:
+            layer.tail_length = max(0, length - self.committed)
+        if length < self.committed:
+            self.committed = length
+            for store in self.stores:
+                store.crop(length)
+        if not self.committed:
+            self.stores, self.store_of = [], {}
+        if self.visible is not None:
+            self.visible = self.visible[:, :length].clone()
+
+    def map_rows(self, index: torch.Tensor) -> None:
+        """Replace the rows of the batch by the rows `index`, in every tensor of the cache."""
+        for layer in self.layers:
+            at = index.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(0, at), layer.values.index_select(0, at)
+        for store in self.stores:
+            store.map_rows(index.to(self.layers[store.layers[0]].keys.device))
+        if self.visible is not None:
+            self.visible = self.visible.index_select(0, index.to(self.visible.device))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that the cache owns, spare capacity included."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                yield from (layer.keys, layer.values)
+        for store in self.stores:
+            yield from store.tensors()
+        yield from (x for x in (self.visible, self.attention_variance) if x is not None)
+
+    def stored_bytes(self) -> int:
+        """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
+        return sum(storages.values())
+
+    def live_bytes(self) -> int:
+        """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
+        spare = 0
+        for layer in self.layers:
+            if layer.is_initialized:
+                for states in (layer.keys, layer.values):
+                    spare += states[:, :, self.tail_length :].numel() * states.element_size()
+        for store in self.stores:
+            for bucket in store.buckets.values():
+                for name, value in bucket.fields.items():
+                    spare += (value.numel() - bucket.view(name).numel()) * value.element_size()
+        return self.stored_bytes() - spare
+
+    def _elements(self) -> int:
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        each = [x.shape[0] * x.shape[1] * x.shape[3] for layer in layers for x in (layer.keys, layer.values)]
+        return sum(each) * self.get_seq_length()
+
+    def bits_per_element(self) -> float:
+        """Live bits per cached number, scales, bookkeeping and tail included; 16 would be plain half precision."""
+        elements = self._elements()
+        return 8 * self.live_bytes() / elements if elements else 0.0
+
+    def code_bits(self) -> float:
+        """Average width of the stored codes, tail counted at 16, scales and bookkeeping left out."""
+        total, tokens = 0.0, 0
+        for store in self.stores:
+            for stage, bucket in store.buckets.items():
+                held = int((bucket.view("token") != EMPTY).sum())
+                total += held * (stage.key_bits + stage.value_bits) / 2
+                tokens += held
+        tail = sum(x.keys.shape[0] * x.keys.shape[1] * x.tail_length for x in self.layers if x.is_initialized)
+        return (total + FULL_WIDTH * tail) / (tokens + tail) if tokens + tail else 0.0
+
+
+def _width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+    pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")
+    return check_width(pair[0], name), check_width(pair[1], name)
+
+
+def _refuse_unsupported(config: PreTrainedConfig) -> None:
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"PackedKVCache serves decoder-only models; {name} is an encoder-decoder model")
+    text = config.get_text_config(decoder=True)
+    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
+    if other:
+        raise ValueError(f"PackedKVCache serves full attention only; {name} has layers of type {', '.join(other)}")
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        raise ValueError(
+            f"PackedKVCache serves full attention only; {name} has sliding_window={text.sliding_window} "
+            "(set it to None if texts stay shorter)"
+        )

@@ -1,0 +1,353 @@
+"""Packed buffers of the key/value cache: the tokens of all layers that share a device and a shape.
+
+A `Bucket` holds tokens stored alike (same widths for keys and values, same fate), in the order they came; a
+`PackedStore` holds the buckets of a group of layers and what encoding needs: centring vectors and the rotation.
+Knows nothing of models, policies or attention.
+
+Shapes: L layers, B rows of the batch, H key/value heads, C slots of a bucket, D head_dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from helpers.quantization import FULL_WIDTH, bytes_per_vector, dequantize, quantize, rotation_matrix
+
+EMPTY = 255  # token index of a slot that holds no token; blocks are therefore at most 255 tokens long
+SLOT_DIM = 3
+MIN_GROWTH = 64
+CENTRE_TOKENS = 16
+
+
+@dataclass(frozen=True, order=True)
+class Stage:
+    """How the tokens of a bucket are stored, and whether they are still to be settled."""
+
+    key_bits: int
+    value_bits: int
+    pending: bool = False
+
+
+@dataclass
+class Bucket:
+    """One growing buffer `[L, B, H, capacity, ...]` a field; slots `start` to `end` are in use.
+
+    `fields` holds `key_codes`, `value_codes` (uint8), `key_scales`, `value_scales` (float16 `[..., 2]`, absent at
+    16 bits), `token` (uint8, index of the slot's token in its block, or `EMPTY`), `block_start`
+    (int32 `[1, B, 1, capacity]`, position of the block's first token) and, where attention is recorded,
+    `received` (float32). Rows may be filled unequally: `fill[row]` is the row's end, and slots beyond are `EMPTY`.
+    """
+
+    stage: Stage
+    reserved: int = 0  # slots of the first allocation
+    fields: dict[str, torch.Tensor] = field(default_factory=dict)
+    start: int = 0
+    fill: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # of a pending bucket: (first position, tokens)
+    ragged: bool = False  # some slot in use is EMPTY: attention has to look
+
+    @property
+    def end(self) -> int:
+        return int(self.fill.max(initial=0))
+
+    @property
+    def capacity(self) -> int:
+        return self.fields["token"].shape[SLOT_DIM] if self.fields else 0
+
+    @property
+    def slots(self) -> int:
+        return self.end - self.start
+
+    def view(self, name: str, layer: int | slice = slice(None)) -> torch.Tensor:
+        """The slots in use of one field, of all layers or of one."""
+        return self.fields[name][:, :, :, self.start : self.end][layer]
+
+    def live(self) -> dict[str, torch.Tensor]:
+        """Every field, slots in use only."""
+        return {name: self.view(name) for name in self.fields}
+
+    def positions(self, layer: int | slice = slice(None)) -> torch.Tensor:
+        """Position of each slot's token, int64 `[(L,) B, H, slots]`; meaningless where `token` is `EMPTY`."""
+        return self.view("block_start", 0 if isinstance(layer, int) else slice(None)) + self.view("token", layer).long()
+
+    def reserve(self, slots: int, example: dict[str, torch.Tensor]) -> None:
+        """Make room for `slots` more slots after `end`; `example` gives each field's shape and dtype."""
+        needed = self.end + slots
+        if needed <= self.capacity:
+            return
+        live = self.live()
+        self.fill = self.fill - self.start
+        needed, self.start = needed - self.start, 0
+        capacity = max(needed, self.reserved, self.capacity + max(self.capacity // 8, MIN_GROWTH))
+        self._allocate(capacity, live or {name: value[:, :, :, :0] for name, value in example.items()})
+
+    def _allocate(self, capacity: int, content: dict[str, torch.Tensor]) -> None:
+        for name, value in content.items():
+            shape = list(value.shape)
+            used, shape[SLOT_DIM] = shape[SLOT_DIM], capacity
+            buffer = value.new_full(shape, EMPTY) if name == "token" else value.new_zeros(shape)
+            buffer[:, :, :, :used] = value
+            self.fields[name] = buffer
+
+    def append(self, content: dict[str, torch.Tensor], counts: np.ndarray | None = None) -> None:
+        """Add slots `[L, B, H, n, ...]` at the back; with `counts`, only the first `counts[row]` of each row."""
+        n = content["token"].shape[SLOT_DIM]
+        rows = content["token"].shape[1]
+        if not self.fill.size:
+            self.fill = np.zeros(rows, dtype=np.int64)
+        self.reserve(n, content)
+        at = self.fill.copy()
+        if (at == at[0]).all():
+            first = int(at[0])
+            for name, value in content.items():
+                self.fields[name][:, :, :, first : first + n] = value
+        else:
+            device = content["token"].device
+            slot = torch.as_tensor(at, device=device)[:, None] + torch.arange(n, device=device)
+            for name, value in content.items():
+                index = slot.view(1, rows, 1, n, *[1] * (value.ndim - 4)).expand_as(value)
+                self.fields[name].scatter_(SLOT_DIM, index, value)
+        self.fill = at + (n if counts is None else counts)
+        self.ragged = self.ragged or not (self.fill == self.fill[0]).all()
+
+    def pop_block(self) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """Take the oldest block out of a pending bucket; its space is reclaimed when half the buffer is free."""
+        first, tokens = self.blocks.pop(0)
+        content = {
+            name: value[:, :, :, self.start : self.start + tokens].clone() for name, value in self.fields.items()
+        }
+        self.start += tokens
+        if self.start > self.capacity // 2:
+            live = self.live()
+            self.fill, self.start = self.fill - self.start, 0
+            capacity = max(self.end + MIN_GROWTH, self.capacity // 2) if self.end else MIN_GROWTH
+            self._allocate(capacity, live)
+        return content, (first, tokens)
+
+    def crop(self, length: int) -> None:
+        """Drop the tokens at positions `length` and later; the others keep their codes."""
+        if not self.slots:
+            return
+        token = self.view("token")
+        dropped = (self.positions() >= length) & (token != EMPTY)
+        if not dropped.any():
+            return
+        token.masked_fill_(dropped, EMPTY)
+        # Heads may have lost different numbers of tokens of one block: move what is left of it to the front.
+        first = int((token == EMPTY).any(0).any(0).any(0).int().argmax())
+        order = (token[:, :, :, first:] == EMPTY).to(torch.uint8).argsort(dim=SLOT_DIM, stable=True)
+        for name, value in self.live().items():
+            if name == "block_start":
+                continue
+            area = value[:, :, :, first:]
+            index = order.view(*order.shape, *[1] * (area.ndim - 4)).expand_as(area)
+            area.copy_(area.gather(SLOT_DIM, index))
+        held = (token != EMPTY).any(0).any(1)  # [B, slots]
+        self.fill = self.start + held.sum(-1).cpu().numpy().astype(np.int64)
+        self.ragged = bool((self.view("token") == EMPTY).any()) if self.slots else False
+        self.blocks = [(at, min(tokens, length - at)) for at, tokens in self.blocks if at < length]
+
+    def map_rows(self, index: torch.Tensor) -> None:
+        """Replace the rows of the batch by the rows `index`."""
+        self.fields = {name: value.index_select(1, index) for name, value in self.fields.items()}
+        if not self.ragged and len(index) == len(self.fill):
+            return  # equal rows need no look at the index, which may be on another device
+        self.fill = self.fill[index.cpu().numpy()]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.fields.values()
+
+
+class PackedStore:
+    """The packed tokens of the layers `layers`, which share a device, `kv_heads` and head dimensions."""
+
+    def __init__(
+        self,
+        layers: list[int],
+        key: torch.Tensor,
+        value: torch.Tensor,
+        quantizer: str,
+        reserved: int | None = None,
+    ):
+        """`key`, `value`: `[B, H, n, D]` of any of the layers, for shapes, dtype and device.
+
+        `reserved`: slots that each bucket allocates at once.
+        """
+        self.layers = layers
+        self.quantizer = quantizer
+        self.reserved = reserved or 0
+        self.record_received = False
+        self.dtype = torch.promote_types(key.dtype, torch.float32)
+        self.full_dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
+        self.buckets: dict[Stage, Bucket] = {}
+        self.transforms = {"key": key.shape[-1], "value": value.shape[-1]}
+        self.rotation: dict[str, torch.Tensor] = {}
+        self.centre: dict[str, torch.Tensor] = {}
+        if quantizer == "rotated":
+            matrices = {dim: rotation_matrix(dim).to(key.device, self.dtype) for dim in self.transforms.values()}
+            self.rotation = {side: matrices[dim] for side, dim in self.transforms.items()}
+
+    def set_centre(self, side: str, states: torch.Tensor, weights: torch.Tensor) -> None:
+        """Fix the centring vectors `[L, B, H, D]`: the weighted mean of `states` `[L, B, H, n, D]`.
+
+        `weights` `[B, n]` is 1 for the tokens to average and 0 for others.
+        """
+        weights = weights.to(self.dtype)
+        mean = torch.einsum("lbhnd,bn->lbhd", states.to(self.dtype), weights)
+        self.centre[side] = mean / weights.sum(-1)[None, :, None, None]
+
+    def encode(self, states: torch.Tensor, side: str, bits: int) -> dict[str, torch.Tensor]:
+        """Codes (and scales) of `states` `[L, B, H, n, D]`; 16 bits is half precision as is."""
+        bytes_per_vector(states.shape[-1], bits)
+        if bits == FULL_WIDTH:
+            return {f"{side}_codes": states.to(self.full_dtype).contiguous().view(torch.uint8)}
+        x = states.to(self.dtype)
+        if self.quantizer == "rotated":
+            x = (x - self.centre[side][:, :, :, None]) @ self.rotation[side]
+        codes, scales = quantize(x, bits, search=self.quantizer == "rotated")
+        return {f"{side}_codes": codes, f"{side}_scales": scales}
+
+    def decode(self, content: dict[str, torch.Tensor], side: str, bits: int, layer: int | slice) -> torch.Tensor:
+        """Inverse of `encode` up to its error, for the fields of one layer or of all: `[(L,) B, H, n, D]`."""
+        codes = content[f"{side}_codes"]
+        if bits == FULL_WIDTH:
+            return codes.contiguous().view(self.full_dtype).to(self.dtype)
+        x = dequantize(codes, content[f"{side}_scales"], bits, self.dtype)
+        if self.quantizer == "rotated":
+            x = x @ self.rotation[side].T + self.centre[side][layer].unsqueeze(-2)
+        return x
+
+    def commit(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        widths: np.ndarray | tuple[int, int],
+        first: int,
+        block: int,
+        pending: bool,
+    ) -> None:
+        """Quantize `keys`, `values` `[L, B, H, n, D]`, the tokens at positions `first, first + 1, ...`.
+
+        `widths` is one pair (key bits, value bits) for all tokens, or an array `[B, n]` of the width of each.
+        """
+        layers, rows, heads, n = keys.shape[:4]
+        index = torch.arange(n, device=keys.device)
+        token = (index % block).to(torch.uint8).expand(layers, rows, heads, n)
+        block_start = (first + index // block * block).to(torch.int32).expand(1, rows, 1, n)
+        if isinstance(widths, tuple):
+            content = {
+                **self.encode(keys, "key", widths[0]),
+                **self.encode(values, "value", widths[1]),
+                "token": token,
+                "block_start": block_start,
+            }
+            if pending and self.record_received:
+                content["received"] = keys.new_zeros(token.shape, dtype=torch.float32)
+            bucket = self._bucket(Stage(*widths, pending))
+            bucket.append(content)
+            if pending:
+                bucket.blocks += [(first + i, min(block, n - i)) for i in range(0, n, block)]
+            return
+        for bits in np.unique(widths):
+            chosen = widths == bits
+            counts = chosen.sum(-1)
+            most = int(counts.max())
+            # Stable order by "not chosen" lists each row's chosen tokens first, in text order.
+            order = np.argsort(~chosen, axis=-1, kind="stable")[:, :most]
+            slots = torch.as_tensor(order, device=keys.device)[None, :, None]
+            valid = torch.as_tensor(np.arange(most) < counts[:, None], device=keys.device)[None, :, None]
+            content = {
+                **self.encode(_take(keys, slots), "key", int(bits)),
+                **self.encode(_take(values, slots), "value", int(bits)),
+                "token": _take(token, slots).masked_fill(~valid, EMPTY),
+                "block_start": _take(block_start, slots),
+            }
+            self._bucket(Stage(int(bits), int(bits))).append(content, counts)
+
+    def settle(
+        self, source: Stage, target: tuple[int, int], keep: int, scores: torch.Tensor | None, pending: bool
+    ) -> None:
+        """Re-quantize the oldest block of the pending bucket `source` to `target` (key bits, value bits).
+
+        With `keep`, each layer, row and head leaves the `keep` tokens of highest `scores` `[L, B, H, tokens]` at
+        the widths they have; those are then settled.
+        """
+        content, (first, tokens) = self.buckets[source].pop_block()
+        rest = content
+        if not pending:
+            content.pop("received", None)
+        if keep:
+            order = scores.argsort(dim=-1, descending=True, stable=True)
+            kept, rest = (
+                {name: _take(value, part) for name, value in content.items()}
+                for part in (order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values)
+            )
+            kept.pop("received", None)
+            self._bucket(Stage(source.key_bits, source.value_bits)).append(kept)
+            if keep == tokens:
+                return
+        moved = {name: value for name, value in rest.items() if not name.startswith(("key", "value"))}
+        for side, old, new in (
+            ("key", source.key_bits, target[0]),
+            ("value", source.value_bits, target[1]),
+        ):
+            if old == new:
+                moved |= {name: value for name, value in rest.items() if name.startswith(side)}
+            else:
+                moved |= self.encode(self.decode(rest, side, old, slice(None)), side, new)
+        bucket = self._bucket(Stage(*target, pending))
+        bucket.append(moved)
+        if pending:
+            bucket.blocks.append((first, tokens))
+
+    def _bucket(self, stage: Stage) -> Bucket:
+        return self.buckets.setdefault(stage, Bucket(stage, self.reserved))
+
+    def dense(self, side: str, layer: int, length: int) -> torch.Tensor:
+        """Keys or values of the committed tokens of one layer in text order, dequantized: `[B, H, length, D]`."""
+        result = None
+        for stage, bucket in self.buckets.items():
+            if not bucket.slots:
+                continue
+            content = {name: bucket.view(name, layer) for name in bucket.fields if name.startswith(side)}
+            x = self.decode(content, side, stage.key_bits if side == "key" else stage.value_bits, layer)
+            if result is None:
+                # One row more than needed takes what empty slots hold.
+                result = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])
+            at = bucket.positions(layer).masked_fill(bucket.view("token", layer) == EMPTY, length)
+            result.scatter_(2, at[..., None].expand_as(x), x)
+        return result[:, :, :length]
+
+    def crop(self, length: int) -> None:
+        for bucket in self.buckets.values():
+            bucket.crop(length)
+        self.buckets = {stage: bucket for stage, bucket in self.buckets.items() if bucket.slots}
+
+    def map_rows(self, index: torch.Tensor) -> None:
+        for bucket in self.buckets.values():
+            bucket.map_rows(index)
+        self.centre = {side: value.index_select(1, index) for side, value in self.centre.items()}
+
+    def to(self, device: torch.device | str) -> None:
+        for bucket in self.buckets.values():
+            bucket.fields = {name: value.to(device) for name, value in bucket.fields.items()}
+        moved = {id(value): value.to(device) for value in self.rotation.values()}
+        self.rotation = {side: moved[id(value)] for side, value in self.rotation.items()}
+        self.centre = {side: value.to(device) for side, value in self.centre.items()}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor this store owns."""
+        for bucket in self.buckets.values():
+            yield from bucket.tensors()
+        yield from {id(value): value for value in self.rotation.values()}.values()
+        yield from self.centre.values()
+
+
+def _take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Slots `index` `[L or 1, B, H or 1, k]` of a field `[L or 1, B, H or 1, n, ...]`."""
+    # A field without layers or heads is only ever asked for slots on which they agree, so the first will do.
+    index = index[: value.shape[0], :, : value.shape[2]]
+    at = index.reshape(*index.shape, *[1] * (value.ndim - 4))
+    return value.gather(SLOT_DIM, at.expand(*value.shape[:SLOT_DIM], index.shape[-1], *value.shape[4:]))

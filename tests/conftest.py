@@ -1,0 +1,85 @@
+"""Tiny random models of every supported family, and where shared real models and data lie if there are any."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers.attention import use_packed_attention
+from helpers.files import ROOT
+
+SHARED = ROOT.parent / "shared"
+COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# What each family needs beside heads and head_dim; the first two are those on which every property is checked.
+FAMILIES = {
+    "llama": {},
+    "gpt2": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "phi3": {},
+    "opt": {"do_layer_norm_before": True, "dropout": 0.0},
+}
+
+
+def tiny_config(family: str, head_dim: int = 32, layers: int = 2):
+    """Four query heads (two KV heads where the family groups them) of `head_dim`."""
+    hidden = 4 * head_dim
+    if family == "gpt2":
+        sizes = {"n_embd": hidden, "n_head": 4, "n_layer": layers, "n_positions": 512, "n_inner": 64}
+    elif family == "opt":
+        sizes = {"hidden_size": hidden, "num_attention_heads": 4, "num_hidden_layers": layers, "ffn_dim": 64,
+                 "max_position_embeddings": 512, "word_embed_proj_dim": hidden}  # fmt: skip
+    else:
+        sizes = {"hidden_size": hidden, "num_attention_heads": 4, "num_hidden_layers": layers,
+                 "intermediate_size": 64, "max_position_embeddings": 512}  # fmt: skip
+        if family != "gpt_neox":
+            sizes |= {"num_key_value_heads": 2}
+        if family not in ("gpt_neox", "phi3", "qwen2"):
+            sizes |= {"head_dim": head_dim}
+    return AutoConfig.for_model(family, **COMMON, **sizes, **FAMILIES[family])
+
+
+def tiny_model(family: str, head_dim: int = 32, dtype: torch.dtype = torch.float32, packed: bool = True, seed: int = 0):
+    """A random model with weights large enough for attention to be far from even."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, head_dim)
+    config.initializer_range = 0.9 / (4 * head_dim) ** 0.5
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    return use_packed_attention(model) if packed else model
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[32, 64, 128])
+def head_dim(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real models and data; tests that use it are skipped where it is absent."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("real models and data (../shared) are not here")
+    return SHARED
+
+
+def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random rows of the given lengths, padded on the left."""
+    width = max(lengths)
+    ids, mask = random_ids(len(lengths), width, seed), torch.ones(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, : width - length] = 0
+        mask[row, : width - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,565 @@
+"""The packed cache against `DynamicCache` and against itself: storage, attention, every inherited method."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, left_padded, random_ids, tiny_config, tiny_model
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from helpers.generation import score_blocks
+from helpers.kv_cache import PACKED_ATTENTION, PackedKVCache
+from helpers.packed_store import EMPTY
+
+WIDTH_CHOICES = [16, 8, 4, 2, (8, 4)]
+BATCHES = {"one": [40], "left-padded": [40, 25, 31]}
+
+
+def feed(model, cache, ids, mask=None, chunk=None):
+    """Logits of `ids` fed in chunks of `chunk` tokens; padded rows get their positions from the mask."""
+    chunk, logits = chunk or ids.shape[1], []
+    done = cache.get_seq_length()
+    with torch.no_grad():
+        for start in range(0, ids.shape[1], chunk):
+            part = ids[:, start : start + chunk]
+            extra = {}
+            if mask is not None:
+                seen = mask[:, : done + start + part.shape[1]]
+                positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -part.shape[1] :]
+                extra = {"attention_mask": seen, "position_ids": positions}
+            logits.append(model(input_ids=part, past_key_values=cache, **extra).logits)
+    return torch.cat(logits, dim=1)
+
+
+def mixed_commits(model, ids, mask=None, seed=0, block=8):
+    """A cache whose blocks were committed at random widths, each row its own."""
+    cache = PackedKVCache(model.config, block=block)
+    rng = np.random.default_rng(seed)
+    if mask is not None:
+        cache.visible = mask.bool()
+    feed(model, cache, ids, mask)
+    cache.commit(rng.choice([2, 4, 8, 16], size=(len(ids), cache.committable)))
+    return cache
+
+
+def all_tensors(thing, seen=None):
+    """Every tensor reachable from an object, by walking attributes and containers."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen or isinstance(thing, str | int | float | type(None) | np.ndarray):
+        return []
+    seen[id(thing)] = thing
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if isinstance(thing, dict):
+        inside = list(thing.values())
+    elif isinstance(thing, list | tuple | set):
+        inside = list(thing)
+    else:
+        inside = list(getattr(thing, "__dict__", {}).values())
+    return [tensor for part in inside for tensor in all_tensors(part, seen)]
+
+
+def same_content(a: PackedKVCache, b: PackedKVCache) -> None:
+    """Both caches hold the same tokens, stored alike: codes, scales, positions, tails."""
+    assert a.get_seq_length() == b.get_seq_length()
+    assert a.committed == b.committed
+    for mine, other in zip(a.layers, b.layers, strict=True):
+        for x, y in zip(mine.tail(), other.tail(), strict=True):
+            assert torch.equal(x, y)
+    for mine, other in zip(a.stores, b.stores, strict=True):
+        assert mine.buckets.keys() == other.buckets.keys()
+        for stage, bucket in mine.buckets.items():
+            twin = other.buckets[stage]
+            slots = min(bucket.slots, twin.slots)
+            held = bucket.view("token")[:, :, :, :slots] != EMPTY
+            assert torch.equal(held, twin.view("token")[:, :, :, :slots] != EMPTY)
+            for name in bucket.fields:
+                x, y = (c.view(name)[:, :, :, :slots] for c in (bucket, twin))
+                where = held[: x.shape[0], :, : x.shape[2]]
+                assert torch.equal(x[where], y[where]), name
+            for longer in (bucket, twin):
+                assert (longer.view("token")[:, :, :, slots:] == EMPTY).all()
+
+
+def test_layers_implement_the_whole_contract():
+    from helpers.kv_cache import PackedLayer
+
+    for name, member in vars(CacheLayerMixin).items():
+        if callable(member) and not name.startswith("_"):
+            assert name in vars(PackedLayer), f"{name} is inherited, not implemented"
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_all_16_bit_equals_dynamic_cache(family, head_dim, lengths):
+    model = tiny_model(family, head_dim)
+    batch = left_padded(lengths)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = feed(model, DynamicCache(config=model.config), ids, mask)
+    logits = feed(model, PackedKVCache(model.config, bits=16, block=4), ids, mask, chunk=4)
+    real = mask.bool()
+    assert (logits - expected)[real].abs().max() < 2e-3
+    untouched = feed(model, PackedKVCache(model.config, block=4), ids, mask, chunk=4)
+    assert (untouched - expected)[real].abs().max() < 1e-5
+
+
+def test_without_commits_greedy_text_is_identical(family, head_dim):
+    model = tiny_model(family, head_dim)
+    batch = left_padded([20, 13, 17])
+    settings = {"max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    assert torch.equal(model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config)), expected)
+
+
+@pytest.mark.parametrize("bits", WIDTH_CHOICES, ids=str)
+@pytest.mark.parametrize("quantizer", ["rotated", "minmax"])
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_packed_attention_equals_attention_over_dequantized_states(family, head_dim, bits, quantizer, lengths):
+    model = tiny_model(family, head_dim)
+    batch = left_padded(lengths)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = PackedKVCache(model.config, bits=bits, block=8, quantizer=quantizer)
+    feed(model, cache, ids[:, :32], mask)
+    cache.begin_forward()
+    assert cache.committed == 32 if len(lengths) == 1 else cache.committed > 0
+    twin = copy.deepcopy(cache)
+    packed = feed(model, cache, ids[:, 32:], mask)
+    model.set_attn_implementation("sdpa")
+    twin.config._attn_implementation = "sdpa"
+    dense = feed(model, twin, ids[:, 32:], mask)
+    assert (packed - dense)[mask[:, 32:].bool()].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_packed_equals_dense_when_every_row_chose_its_own_widths(family, lengths):
+    model = tiny_model(family)
+    batch = left_padded(lengths)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = mixed_commits(model, ids[:, :36], mask[:, :36])
+    assert cache.committed == 32
+    assert len(cache.stores[0].buckets) == 4
+    twin = copy.deepcopy(cache)
+    packed = feed(model, cache, ids[:, 36:], mask)
+    model.set_attn_implementation("sdpa")
+    twin.config._attn_implementation = "sdpa"
+    assert (packed - feed(model, twin, ids[:, 36:], mask))[mask[:, 36:].bool()].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", WIDTH_CHOICES, ids=str)
+def test_block_by_block_equals_token_by_token(family, head_dim, bits):
+    model = tiny_model(family, head_dim, torch.float64)
+    ids = random_ids(2, 45)
+    for quantizer in ("rotated", "minmax"):
+        caches = [PackedKVCache(model.config, bits=bits, block=8, quantizer=quantizer) for _ in range(2)]
+        single = feed(model, caches[0], ids, chunk=1)
+        blocks = torch.cat([logits for _, logits in score_blocks(model, ids, caches[1], block=8)], dim=1)
+        assert (single - blocks).abs().max() < 1e-8
+        assert caches[0].committed == caches[1].committed == 40
+
+
+def test_quantization_is_really_applied(family):
+    model = tiny_model(family)
+    ids = random_ids(1, 48)
+    full = feed(model, DynamicCache(config=model.config), ids)
+    errors = [
+        (feed(model, PackedKVCache(model.config, bits=bits, block=8), ids, chunk=8) - full).abs().mean()
+        for bits in (16, 8, 4, 2)
+    ]
+    assert 0 < errors[0] < errors[1] < errors[2] < errors[3]
+
+
+def test_unpadded_rows_of_a_batch_equal_the_rows_alone(family):
+    model = tiny_model(family, dtype=torch.float64)
+    ids = random_ids(3, 40)
+    together = feed(model, PackedKVCache(model.config, bits=4, block=8), ids, chunk=8)
+    for row in range(3):
+        alone = feed(model, PackedKVCache(model.config, bits=4, block=8), ids[row : row + 1], chunk=8)
+        assert (together[row] - alone[0]).abs().max() < 1e-8
+
+
+def test_padding_does_not_reach_the_centre_or_the_attention():
+    model = tiny_model("llama", dtype=torch.float64)
+    batch = left_padded([24, 40])
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, :16] = 55  # other padding tokens, same mask
+    logits = []
+    for b in (batch, other):
+        cache = PackedKVCache(model.config, bits=4, block=8)
+        logits.append(feed(model, cache, b["input_ids"], b["attention_mask"], chunk=8))
+        assert cache.committed == 32
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(logits[0][real], logits[1][real], atol=1e-10)
+
+
+def test_nothing_is_committed_before_every_row_has_sixteen_real_tokens():
+    model = tiny_model("llama")
+    batch = left_padded([10, 40])
+    cache = PackedKVCache(model.config, bits=4, block=8)
+    feed(model, cache, batch["input_ids"], batch["attention_mask"])
+    assert cache.committable == 0
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)], 1)
+    feed(model, cache, random_ids(2, 6), mask)
+    assert cache.committable == 40
+
+
+def test_memory_at_four_bits_against_half_precision():
+    config = tiny_config("llama", head_dim=64)
+    config._attn_implementation = PACKED_ATTENTION
+    cache = PackedKVCache(config, bits=4)
+    keys = torch.randn(1, 2, 4096, 64, dtype=torch.float16)
+    for at in range(4096):
+        for layer in cache.layers:
+            layer.update(keys[:, :, at : at + 1], keys[:, :, at : at + 1])
+    half = 4096 * 2 * 64 * 2 * 2 * len(cache.layers)
+    assert cache.live_bytes() <= 0.30 * half
+    assert cache.stored_bytes() <= 0.34 * half
+
+
+@pytest.mark.parametrize("prepare", ["growing", "prompt", "settled", "mixed", "padded", "cropped"])
+def test_stored_bytes_are_the_bytes_of_every_tensor_owned(prepare):
+    model = tiny_model("llama")
+    batch = left_padded([60, 50] if prepare == "padded" else [60, 60])
+    if prepare == "mixed":
+        cache = mixed_commits(model, batch["input_ids"])
+    else:
+        cache = PackedKVCache(model.config, bits=None if prepare == "settled" else 4, block=8)
+        feed(model, cache, batch["input_ids"], batch["attention_mask"] if prepare == "padded" else None,
+             chunk=None if prepare == "prompt" else 4)  # fmt: skip
+    if prepare == "settled":
+        cache.record_received = True
+        cache.commit(4, pending=True)
+        cache.settle(4, 2, blocks=3)
+    if prepare == "cropped":
+        cache.crop(-30)
+    del cache.config  # the model's, not the cache's
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in all_tensors(cache)}
+    assert cache.stored_bytes() == sum(storages.values())
+    assert 0 < cache.live_bytes() <= cache.stored_bytes()
+
+
+def test_reserved_length_is_allocated_once():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, bits=4, block=8, max_length=256)
+    feed(model, cache, random_ids(1, 40), chunk=8)
+    bucket = next(iter(cache.stores[0].buckets.values()))
+    before = bucket.fields["key_codes"].data_ptr()
+    feed(model, cache, random_ids(1, 200), chunk=8)
+    assert bucket.capacity == 256
+    assert bucket.fields["key_codes"].data_ptr() == before
+
+
+def test_widths_are_counted_as_stored():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, bits=4, block=8)
+    feed(model, cache, random_ids(1, 48), chunk=8)
+    assert cache.code_bits() == pytest.approx((40 * 4 + 8 * 16) / 48)
+    assert cache.bits_per_element() > cache.code_bits()
+    assert PackedKVCache(model.config).bits_per_element() == 0
+
+
+def test_settled_tokens_are_where_each_head_wanted_them():
+    model = tiny_model("llama")
+    ids = random_ids(2, 48)
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, ids)
+    cache.commit(8, pending=True)
+    before = [cache.dense(cache.states(i)) for i in range(2)]
+    scores = torch.rand(2, 2, 2, 32, generator=torch.Generator().manual_seed(1))
+    assert cache.pending_blocks(8) == 6
+    cache.settle(8, 2, blocks=4, keep=2, scores=scores)
+    assert cache.pending_blocks(8) == 2
+    store = cache.stores[0]
+    counts = {(stage.key_bits, stage.pending): bucket.slots for stage, bucket in store.buckets.items()}
+    assert counts == {(8, True): 16, (8, False): 8, (2, False): 24}
+    for layer in range(2):
+        keys, values = cache.dense(cache.states(layer))
+        best = scores[layer].unflatten(-1, (4, 8)).topk(2, dim=-1).indices + torch.arange(0, 32, 8)[:, None]
+        kept = torch.zeros(2, 2, 48, dtype=torch.bool).scatter_(2, best.flatten(2), True)
+        kept[:, :, 32:] = True
+        for now, then in ((keys, before[layer][0]), (values, before[layer][1])):
+            assert torch.equal(now[kept], then[kept])
+            assert not torch.isclose(now[~kept], then[~kept]).all(dim=-1).any()
+            assert (now - then)[~kept].abs().mean() < then.abs().mean()
+
+
+def test_settling_in_steps_and_keys_apart_from_values():
+    model = tiny_model("llama", dtype=torch.float64)
+    ids = random_ids(1, 40)
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, ids)
+    cache.commit((8, 4), pending=True)
+    values_before = cache.dense(cache.states(0))[1]
+    cache.settle((8, 4), (4, 4), blocks=5, pending=True)
+    assert torch.equal(cache.dense(cache.states(0))[1], values_before)
+    cache.settle((4, 4), (2, 2), blocks=2)
+    assert cache.pending_blocks(4) == 3
+    assert cache.code_bits() == pytest.approx((16 * 2 + 24 * 4) / 40)
+    twin = copy.deepcopy(cache)
+    packed = feed(model, cache, random_ids(1, 5, 1), chunk=1)
+    model.set_attn_implementation("sdpa")
+    twin.config._attn_implementation = "sdpa"
+    assert (packed - feed(model, twin, random_ids(1, 5, 1), chunk=1)).abs().max() < 1e-10
+
+
+def test_space_of_settled_blocks_is_reclaimed():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    sizes = []
+    for step in range(60):
+        feed(model, cache, random_ids(1, 8, step))
+        cache.commit(8, pending=True) if cache.committable else None
+        while cache.pending_blocks(8) > 3:
+            cache.settle(8, 2)
+        pending = [b for s, b in cache.stores[0].buckets.items() if s.pending] if cache.stores else []
+        sizes += [b.capacity for b in pending]
+    assert sizes[-1] <= 128
+    assert cache.committed == 480
+
+
+def test_received_attention_is_that_of_later_tokens():
+    model = tiny_model("llama", dtype=torch.float64)
+    ids = random_ids(1, 28)
+    cache = PackedKVCache(model.config, block=8)
+    cache.record_received = True
+    feed(model, cache, ids[:, :24])
+    cache.commit(16, pending=True)
+    feed(model, cache, ids[:, 24:])
+    eager = tiny_model("llama", dtype=torch.float64, packed=False)
+    eager.set_attn_implementation("eager")
+    weights = eager(input_ids=ids, output_attentions=True).attentions
+    bucket = next(iter(cache.stores[0].buckets.values()))
+    for layer in range(2):
+        expected = weights[layer][0, :, 24:, :24].unflatten(0, (2, 2)).sum((1, 2))
+        assert torch.allclose(bucket.view("received", layer)[0].double(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.settle(8, 2), "blocks must lie between 1 and the number of pending blocks at 8 bits"),
+        (lambda c: c.settle(4, 2, blocks=9), "pending blocks at 4 bits"),
+        (lambda c: c.settle(4, 3), "target must be one of"),
+        (lambda c: c.settle(4, 2, keep=2), "keep=2 needs scores"),
+        (lambda c: c.settle(4, 2, keep=9), "keep must lie between 0 and block"),
+    ],
+)
+def test_settling_what_is_not_there_is_refused(call, message):
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, random_ids(1, 24))
+    cache.commit(4, pending=True)
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+
+
+def test_reset_leaves_a_clean_cache(family):
+    model = tiny_model(family)
+    cache = mixed_commits(model, random_ids(2, 40))
+    cache.reset()
+    assert (cache.get_seq_length(), cache.stored_bytes()) == (0, 0)
+    ids = random_ids(3, 40, seed=5)
+    again = feed(model, cache, ids, chunk=8)
+    assert torch.equal(again, feed(model, PackedKVCache(model.config, block=8), ids, chunk=8))
+
+
+@pytest.mark.parametrize("operation", ["reorder", "repeat", "select", "select by mask"])
+def test_row_operations_equal_a_cache_built_directly(family, operation):
+    model = tiny_model(family)
+    ids = random_ids(3, 44)
+    rows = {"reorder": [2, 0, 0], "repeat": [0, 0, 1, 1, 2, 2], "select": [2, 1], "select by mask": [0, 2]}[operation]
+    rng = np.random.default_rng(3)
+    widths = rng.choice([2, 4, 8, 16], size=(3, 40))
+    caches = []
+    for index in ([0, 1, 2], rows):
+        cache = PackedKVCache(model.config, block=8)
+        feed(model, cache, ids[index])
+        cache.commit(widths[index])
+        caches.append(cache)
+    if operation == "reorder":
+        caches[0].reorder_cache(torch.tensor(rows))
+    elif operation == "repeat":
+        caches[0].batch_repeat_interleave(2)
+    elif operation == "select":
+        caches[0].batch_select_indices(torch.tensor(rows))
+    else:
+        caches[0].batch_select_indices(torch.tensor([True, False, True]))
+    same_content(*caches)
+    following = random_ids(len(rows), 9, seed=4)
+    logits = [feed(model, cache, following, chunk=3) for cache in caches]
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 4, 5, 11, 20, 43, 44, 60])
+def test_crop_leaves_the_rest_as_it_was_stored(family, removed):
+    model = tiny_model(family)
+    ids = random_ids(2, 44)
+    cache = mixed_commits(model, ids)
+    before = [cache.dense(cache.states(i)) for i in range(2)]
+    cache.crop(-removed)
+    left = max(0, 44 - removed)
+    assert cache.get_seq_length() == left
+    for layer in range(2):
+        for now, then in zip(cache.dense(cache.states(layer)), before[layer], strict=True):
+            assert torch.equal(now, then[:, :, :left])
+    if left:
+        twin = copy.deepcopy(cache)
+        packed = feed(model, cache, random_ids(2, 20, 9), chunk=4)
+        cache.commit(4)
+        model.set_attn_implementation("sdpa")
+        twin.config._attn_implementation = "sdpa"
+        assert torch.allclose(packed, feed(model, twin, random_ids(2, 20, 9), chunk=4), atol=1e-5)
+
+
+def test_crop_after_heads_chose_their_own_tokens():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, random_ids(2, 48))
+    cache.commit(8, pending=True)
+    scores = torch.rand(2, 2, 2, 40, generator=torch.Generator().manual_seed(2))
+    cache.settle(8, 2, blocks=5, keep=3, scores=scores)
+    for removed in (13, 2, 9):  # into the pending block, through it, and into settled ones
+        before = [cache.dense(cache.states(i)) for i in range(2)]
+        cache.crop(-removed)
+        left = cache.get_seq_length()
+        for layer in range(2):
+            for now, then in zip(cache.dense(cache.states(layer)), before[layer], strict=True):
+                assert torch.equal(now, then[:, :, :left])
+        twin = copy.deepcopy(cache)
+        packed = feed(model, copy.deepcopy(cache), random_ids(2, 3, 9))
+        model.set_attn_implementation("sdpa")
+        twin.config._attn_implementation = "sdpa"
+        assert torch.allclose(packed, feed(model, twin, random_ids(2, 3, 9)), atol=1e-5)
+        model.set_attn_implementation("packed_kv")
+
+
+def test_crop_takes_a_count_to_remove():
+    cache = mixed_commits(tiny_model("llama"), random_ids(1, 40))
+    with pytest.raises(ValueError, match="non-positive number of tokens to remove, got 3"):
+        cache.crop(3)
+
+
+def test_offload_and_prefetch_keep_the_content():
+    model = tiny_model("llama")
+    cache, twin = (mixed_commits(model, random_ids(2, 40)) for _ in range(2))
+    for layer in cache.layers:
+        layer.offload()
+    assert all(t.device.type == "cpu" for t in cache.tensors())
+    for layer in cache.layers:
+        layer.prefetch()
+    same_content(cache, twin)
+
+
+def test_lengths_and_mask_sizes():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, bits=4, block=8)
+    assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(5, 0) == (5, 0)
+    feed(model, cache, random_ids(1, 37), chunk=5)
+    assert cache.get_seq_length() == 37
+    assert cache.get_mask_sizes(3, 1) == (40, 0)
+    assert cache.get_max_length() == -1
+    assert cache.is_croppable
+    assert cache.is_sliding == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", WIDTH_CHOICES, ids=str)
+def test_half_precision_models(family, dtype, bits):
+    model = tiny_model(family, dtype=dtype)
+    ids = random_ids(2, 40)
+    expected = feed(model, DynamicCache(config=model.config), ids)
+    cache = PackedKVCache(model.config, bits=bits, block=8)
+    logits = feed(model, cache, ids, chunk=8)
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+    if bits in (8, 16):
+        assert (logits - expected).float().abs().mean() < 0.1
+    dense = cache.dense(cache.states(0))
+    assert dense[0].dtype == dtype
+
+
+@pytest.mark.parametrize("bits", WIDTH_CHOICES, ids=str)
+def test_non_contiguous_states_are_stored_like_contiguous_ones(bits):
+    config = tiny_config("llama")
+    caches = [PackedKVCache(config, bits=bits, block=8) for _ in range(2)]
+    states = torch.randn(2, 40, 2, 32).transpose(1, 2)
+    for cache, x in zip(caches, (states, states.contiguous()), strict=True):
+        for part in x.split(10, dim=2):
+            for layer in cache.layers:
+                layer.update(part, part.flip(-1))
+    same_content(*caches)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_generate_and_agree_with_the_full_cache(name):
+    model = tiny_model(name)
+    batch = left_padded([30, 22])
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    fine = model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config, block=8))
+    assert torch.equal(fine, expected)
+    ids = random_ids(2, 48)
+    full = feed(model, DynamicCache(config=model.config), ids)
+    cache = PackedKVCache(model.config, bits=8, block=8)
+    feed(model, cache, ids[:, :40])
+    twin = copy.deepcopy(cache)
+    packed = feed(model, cache, ids[:, 40:])
+    model.set_attn_implementation("sdpa")
+    twin.config._attn_implementation = "sdpa"
+    assert (packed - feed(model, twin, ids[:, 40:])).abs().max() < 1e-5
+    assert 0 < (packed - full[:, 40:]).abs().mean() < 0.05 * full.std()
+
+
+def test_models_that_cannot_be_served_are_refused_by_name():
+    sliding = AutoConfig.for_model("mistral", sliding_window=64)
+    with pytest.raises(ValueError, match="mistral has sliding_window=64"):
+        PackedKVCache(sliding)
+    with pytest.raises(ValueError, match="gemma3_text has layers of type sliding_attention"):
+        PackedKVCache(AutoConfig.for_model("gemma3_text"))
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder model"):
+        PackedKVCache(AutoConfig.for_model("t5"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 3}, r"bits must be one of \(2, 4, 8, 16\), got 3"),
+        ({"bits": (4, 5)}, "got 5"),
+        ({"bits": (4, 4, 4)}, "a width or a pair"),
+        ({"block": 0}, "block must lie between 1 and 254 tokens, got 0"),
+        ({"block": 255}, "block must lie between"),
+        ({"quantizer": "int4"}, "quantizer must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PackedKVCache(tiny_config("llama"), **arguments)
+
+
+def test_bad_commits_are_refused():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, random_ids(2, 30))
+    for bits, tokens, message in [
+        (4, 5, r"multiple of block \(8\) up to 24, got 5"),
+        (4, 32, "up to 24, got 32"),
+        (torch.full((1, 8), 4), None, r"shape \[2, tokens\]"),
+        (torch.full((2, 8), 5), None, "must be one of"),
+        (torch.full((2, 8), 4), 16, "bits holds 8 tokens a row, but tokens is 16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cache.commit(bits, tokens)
+    with pytest.raises(ValueError, match="pending tokens must share one width"):
+        cache.commit(torch.tensor([[2] * 8, [4] * 8]), pending=True)
+    assert cache.committed == 0
+
+
+def test_a_cache_serves_one_model_and_one_batch():
+    model, other = tiny_model("llama"), tiny_model("llama", head_dim=64)
+    cache = PackedKVCache(model.config)
+    feed(model, cache, random_ids(2, 10))
+    with pytest.raises(ValueError, match=r"holds 2 sequence\(s\), the model sent 3"):
+        feed(model, cache, random_ids(3, 1))
+    with pytest.raises(ValueError, match="use one cache per model"):
+        feed(other, cache, random_ids(2, 1))

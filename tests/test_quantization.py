@@ -1,0 +1,81 @@
+"""Codes, packing and rotation."""
+
+import pytest
+import torch
+
+from helpers.quantization import (
+    WIDTHS,
+    bytes_per_vector,
+    check_width,
+    dequantize,
+    pack_codes,
+    quantize,
+    rotation_matrix,
+    unpack_codes,
+)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("n", [8, 32, 80, 128])
+def test_packing_is_lossless_and_really_packed(bits, n):
+    codes = torch.randint(0, 2**bits, (3, 5, n), dtype=torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape[-1] == n * bits // 8 == bytes_per_vector(n, bits)
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+def test_a_packed_byte_by_hand():
+    codes = torch.tensor([1, 2, 3, 0], dtype=torch.uint8)
+    assert pack_codes(codes, 2).tolist() == [1 | 2 << 2 | 3 << 4 | 0 << 6]
+    assert pack_codes(codes, 4).tolist() == [1 | 3 << 4, 2 | 0 << 4]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("search", [False, True])
+def test_error_is_within_half_a_step(bits, search):
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    packed, scales = quantize(x, bits, search)
+    error = (dequantize(packed, scales, bits, x.dtype) - x).abs().amax(-1)
+    step = scales[:, 0].float()
+    if bits == 2 and search:
+        plain = dequantize(*quantize(x, bits, search=False), bits, x.dtype)
+        found = dequantize(packed, scales, bits, x.dtype)
+        assert (found - x).square().mean() < 0.6 * (plain - x).square().mean()
+    else:
+        # Scale and zero are rounded to float16, which may move the grid's ends by a relative 2^-11.
+        assert (error <= 0.5 * step + x.abs().amax(-1) * 2**-9).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_constant_and_tiny_vectors_survive(bits):
+    x = torch.stack([torch.zeros(32), torch.full((32,), 0.5), torch.linspace(0, 1e-8, 32)])
+    back = dequantize(*quantize(x, bits), bits, x.dtype)
+    assert torch.allclose(back, x, atol=1e-7)
+
+
+def test_half_precision_codes_equal_those_of_the_same_numbers_in_float32():
+    x = torch.randn(50, 32).half()
+    assert torch.equal(quantize(x.float(), 4)[0], quantize(x.double(), 4)[0])
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128])
+def test_rotation_is_orthogonal_fixed_and_spreads_an_outlier(head_dim):
+    rotation = rotation_matrix(head_dim)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(head_dim, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(rotation, rotation_matrix(head_dim))
+    outlier = torch.zeros(head_dim, dtype=torch.float64)
+    outlier[3] = 100.0
+    assert (outlier @ rotation).abs().max() < 70
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 5, 32, "4", None])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ValueError, match=r"bits must be one of \(2, 4, 8, 16\)"):
+        check_width(bits)
+
+
+def test_head_dim_that_does_not_fill_bytes_is_refused():
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 4"):
+        bytes_per_vector(30, 2)
+    assert [bytes_per_vector(64, bits) for bits in WIDTHS] == [16, 32, 64, 128]
