@@ -1,0 +1,245 @@
+"""Running a model through a cache under a policy: the driver, decoding token by token, scoring block by block.
+
+`PolicyDriver` is the only place where policies and caches meet: it turns logits into features, asks the policy for
+widths and commits. Two ways to feed a text, never mixed in one table: *deployment* (`prefill`, then decoding), on
+which latency is measured, and *block by block* (`score_blocks`), each block a forward over the committed past, which
+gives the numbers of decoding token by token at a fraction of the time.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from helpers.features import TokenCounts, TokenFeatures, confidence, entropy
+from helpers.kv_cache import PackedKVCache
+from helpers.policies import Policy
+
+
+class PolicyDriver(LogitsProcessor):
+    """Commits the tokens of `cache` at the widths that `policy` chooses.
+
+    In `generate()` it works as a logits processor. `generate()` shows its caller only the last logits, so a policy
+    that reads features needs the prompt run through `prefill` first:
+
+        driver = PolicyDriver(model, cache, policy)
+        model.generate(**driver.prefill(inputs), past_key_values=cache, logits_processor=[driver])
+
+    Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
+    token counts from which rarity starts (each row goes on with a copy of its own). `extra` names features to
+    compute although the policy does not read them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedKVCache,
+        policy: Policy,
+        counts: TokenCounts | None = None,
+        extra: tuple[str, ...] = (),
+    ):
+        self.model, self.cache, self.policy = model, cache, policy
+        self.wanted = {*policy.needs, *extra}
+        unknown = self.wanted - set(TokenFeatures.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"{policy.name}: unknown feature(s) {sorted(unknown)}")
+        if "attn_var" in self.wanted:
+            if not cache.reads_packed:
+                raise ValueError(f"{policy.name} reads the attention variance: call use_packed_attention(model) first")
+            cache.record_variance = True
+        if policy.needs:
+            cache.rows_note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
+        self.start_counts = counts or TokenCounts()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text; call it together with `cache.reset()`."""
+        self.row_counts: list[TokenCounts] | None = None
+        self.latest = TokenFeatures()  # of the tokens observed last
+        self.features = TokenFeatures()  # of the tokens in the tail
+        self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
+        self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
+
+    @torch.no_grad()
+    def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run all but the last prompt token in one full-precision forward, commit them, return `inputs` unchanged.
+
+        `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
+        """
+        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if input_ids.shape[1] > 1:
+            kwargs = {}
+            if mask is not None and not bool(mask.all()):
+                kwargs = {
+                    "attention_mask": mask[:, :-1],
+                    "position_ids": (mask[:, :-1].long().cumsum(-1) - 1).clamp(min=0),
+                }
+                self.cache.visible = mask[:, :-1].bool()
+            logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
+            self.observe(input_ids[:, :-1], logits)
+        return inputs
+
+    def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Take note of tokens `[B, n]` just read by the model and the logits `[B, n, vocabulary]` that came of them."""
+        self.latest = TokenFeatures(
+            entropy=entropy(logits) if "entropy" in self.wanted else None,
+            confidence=confidence(logits) if "confidence" in self.wanted else None,
+            attn_var=self.cache.attention_variance if "attn_var" in self.wanted else None,
+        )
+        self.features = self.features.append(self.latest)
+        self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
+        self._commit_ready()
+
+    def _commit_ready(self) -> None:
+        if ready := self.cache.committable:
+            self.cache.commit(self._choose(ready), ready)
+            self.features = self.features.slice(ready, None)
+            self.token_ids = self.token_ids[:, ready:]
+
+    def _choose(self, tokens: int) -> torch.Tensor | int:
+        """Widths of the oldest `tokens` tokens of the tail."""
+        features = self.features.slice(0, tokens)
+        if "rarity" in self.wanted:
+            features.rarity = self._rarity(self.token_ids[:, :tokens])
+        rows = self.token_ids.shape[0]
+        widths = self.policy.widths(features, rows, tokens)
+        if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
+            raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
+        record = widths if isinstance(widths, torch.Tensor) else torch.full((rows, tokens), widths)
+        self.chosen.append(record)
+        return widths
+
+    def _rarity(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self.row_counts is None:
+            self.row_counts = [self.start_counts.copy() for _ in range(token_ids.shape[0])]
+        rows = [counts.rarity(row) for counts, row in zip(self.row_counts, token_ids.tolist(), strict=True)]
+        return torch.tensor(rows, dtype=torch.float32, device=token_ids.device)
+
+    def widths_so_far(self) -> torch.Tensor:
+        """Widths of all tokens, `[B, tokens]`: as committed, and for the tail as the policy would choose now."""
+        tail = self.token_ids.shape[1] if self.token_ids is not None else 0
+        if tail:
+            counts = [c.copy() for c in self.row_counts] if self.row_counts else None
+            self._choose(tail)
+            tail_widths, self.row_counts = [self.chosen.pop()], counts
+        else:
+            tail_widths = []
+        return torch.cat([w.cpu() for w in [*self.chosen, *tail_widths]], dim=1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        held = self.cache.tail_length
+        if not self.policy.needs:
+            self.token_ids = input_ids[:, -held:]
+            self._commit_ready()
+            return scores
+        known = self.token_ids.shape[1] if self.token_ids is not None else 0
+        if known >= held:  # generate() took tokens back, as assisted generation does
+            known = held - 1
+            self.token_ids, self.features = self.token_ids[:, :known], self.features.slice(0, known)
+        if held - known > 1:
+            raise ValueError(
+                f"'{self.policy.name}' reads {', '.join(self.policy.needs)} of every token, and generate() shows only "
+                "the last one's: call driver.prefill(inputs) first (beam search is not possible with this policy)"
+            )
+        self.observe(input_ids[:, -1:], scores[:, None])
+        return scores
+
+
+def score_blocks(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, driver: PolicyDriver | None = None, block: int = 16
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Feed texts `[B, tokens]` block by block; yield the positions of each block and its logits `[B, n, vocabulary]`.
+
+    Each block is one forward over what the cache made of the blocks before. It is committed when the caller asks for
+    the next one, so that a caller who looks at the cache sees it as the block's last token did. `block` should be
+    the cache's own, or tokens would be seen in full precision that decoding sees quantized.
+    """
+    for start in range(0, input_ids.shape[1], block):
+        ids = input_ids[:, start : start + block]
+        with torch.no_grad():
+            logits = model(input_ids=ids, past_key_values=cache).logits
+        yield slice(start, start + ids.shape[1]), logits
+        if driver is not None:
+            driver.observe(ids, logits)
+
+
+@dataclass
+class DecodeResult:
+    """What decoding gave: `token_ids` `[B, tokens]` read and written, and per decoded step its time in ms."""
+
+    token_ids: torch.Tensor
+    latency_ms: list[float]
+    correct: torch.Tensor | None  # [B, steps]: was the next token of the forced text the most probable one?
+    features: TokenFeatures  # of the tokens read in the loop, as far as the driver computes them
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    driver: PolicyDriver | None = None,
+    max_new_tokens: int = 0,
+    forced: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> DecodeResult:
+    """Decode one token a step, each step timed with everything that it causes (policy and commit included).
+
+    With `forced`, `input_ids` `[B, tokens]` is a whole text that is read token by token, every step predicting the
+    next token; else it is a prompt, read in one forward, after which `max_new_tokens` are written, greedily or
+    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished.
+    """
+    if forced == bool(max_new_tokens):
+        raise ValueError("decode either reads a text (forced=True) or writes max_new_tokens > 0, not both")
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids holds no token")
+    generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+    latencies, hits, collected = [], [], TokenFeatures()
+    text, logits = input_ids, None
+    if not forced:
+        logits = model(input_ids=input_ids, past_key_values=cache).logits
+        if driver is not None:
+            driver.observe(input_ids, logits)
+        logits = logits[:, -1]
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=input_ids.device).reshape(-1)
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for step in range(input_ids.shape[1] if forced else max_new_tokens):
+        if forced:
+            token = input_ids[:, step : step + 1]
+        else:
+            token = _next_token(logits, temperature, generator)
+            text = torch.cat([text, token], dim=1)
+            finished |= torch.isin(token[:, 0], ends)
+            if bool(finished.all()):
+                break
+        _synchronise(input_ids.device)
+        started = time.perf_counter()
+        logits = model(input_ids=token, past_key_values=cache).logits
+        if driver is not None:
+            driver.observe(token, logits)
+        _synchronise(input_ids.device)
+        latencies.append((time.perf_counter() - started) * 1000)
+        if driver is not None:
+            collected = collected.append(driver.latest)
+        logits = logits[:, -1]
+        if forced and step + 1 < input_ids.shape[1]:
+            hits.append(logits.argmax(-1) == input_ids[:, step + 1])
+    return DecodeResult(text, latencies, torch.stack(hits, dim=1) if hits else None, collected)
+
+
+def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    if temperature <= 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

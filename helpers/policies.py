@@ -1,0 +1,89 @@
+"""Policies: from the features of tokens to the width at which each is committed.
+
+A policy sees `TokenFeatures` and gives widths; it knows nothing of caches or tensors of keys and values. The random
+control is a member of the same family as the rules, so that every comparison can include it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from helpers.features import TokenFeatures
+from helpers.quantization import WIDTHS, check_width
+
+
+class Policy(Protocol):
+    """What the driver needs of a policy."""
+
+    needs: tuple[str, ...]  # features it reads, of those in `TokenFeatures`
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and figures."""
+
+    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor | int:
+        """Width of each token, integer `[batch, tokens]`, or one width for all."""
+
+
+@dataclass(frozen=True)
+class FixedBits:
+    """Every token at the same width."""
+
+    bits: int
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_width(self.bits)
+
+    @property
+    def name(self) -> str:
+        return f"static {self.bits}-bit"
+
+    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> int:
+        return self.bits
+
+
+@dataclass(frozen=True)
+class EntropyRule:
+    """The rule-based dynamic policy: the less certain the model, the wider the token.
+
+    Entropy (nats) below the first threshold gives 2 bits, then 4, 8 and, from the last threshold on, 16.
+    """
+
+    thresholds: tuple[float, float, float] = (2.0, 4.0, 6.0)
+    needs: tuple[str, ...] = ("entropy",)
+    name: str = "rule-based dynamic"
+
+    def __post_init__(self):
+        if len(self.thresholds) != 3 or not all(
+            a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False)
+        ):
+            raise ValueError(f"thresholds must be three rising entropies in nats, got {self.thresholds}")
+
+    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor:
+        entropy = features.entropy
+        edges = torch.tensor(self.thresholds, dtype=entropy.dtype, device=entropy.device)
+        return torch.tensor(WIDTHS, device=entropy.device)[torch.bucketize(entropy.contiguous(), edges, right=True)]
+
+
+@dataclass
+class RandomBits:
+    """Control: widths drawn at random with given shares of 2, 4, 8 and 16 bits, blind to the token."""
+
+    shares: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.25)
+    seed: int = 0
+    needs: tuple[str, ...] = ()
+    name: str = "random"
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if len(self.shares) != 4 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares must be four non-negative numbers that sum to 1, got {self.shares}")
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor:
+        drawn = torch.multinomial(
+            torch.tensor(self.shares), batch * tokens, replacement=True, generator=self._generator
+        )
+        return torch.tensor(WIDTHS)[drawn].view(batch, tokens)

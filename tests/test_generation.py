@@ -1,0 +1,221 @@
+"""The driver in `generate()`, decoding and scoring, over every policy."""
+
+import pytest
+import torch
+from conftest import left_padded, random_ids, tiny_model
+from transformers import DynamicCache
+
+from helpers.features import TokenCounts, entropy
+from helpers.generation import PolicyDriver, decode, score_blocks
+from helpers.kv_cache import PackedKVCache
+from helpers.policies import EntropyRule, FixedBits, RandomBits
+
+POLICIES = {
+    "fixed": lambda: FixedBits(4),
+    "random": lambda: RandomBits((0.25, 0.25, 0.25, 0.25), seed=1),
+    "rule": lambda: EntropyRule((3.9, 4.1, 4.25)),
+}
+BLIND = ["fixed", "random"]
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.8},
+    "beams": {"do_sample": False, "num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+@pytest.mark.parametrize("lengths", [[40], [40, 27, 33]], ids=["one", "left-padded"])
+def test_generate_with_every_policy(family, policy, mode, lengths):
+    model = tiny_model(family)
+    batch = left_padded(lengths)
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, POLICIES[policy]())
+    torch.manual_seed(0)
+    out = model.generate(
+        **driver.prefill(batch), past_key_values=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode]
+    )
+    assert out.shape == (len(lengths), 60)
+    assert cache.get_seq_length() == 59
+    assert cache.committed == 56
+    widths = driver.widths_so_far()
+    assert widths.shape == (len(lengths), 59)
+    if policy == "fixed":
+        assert (widths == 4).all()
+    else:
+        assert len(widths.unique()) > 1
+    store = cache.stores[0]
+    for stage, bucket in store.buckets.items():
+        held = (bucket.view("token", 0)[:, 0] != 255).sum(-1)
+        assert held.tolist() == (widths[:, :56] == stage.key_bits).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("policy", BLIND)
+@pytest.mark.parametrize("mode", MODES)
+def test_policies_without_features_need_no_prefill_and_follow_beams(family, policy, mode):
+    model = tiny_model(family)
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, POLICIES[policy]())
+    torch.manual_seed(0)
+    batch = left_padded([40, 31])
+    out = model.generate(**batch, past_key_values=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode])
+    assert out.shape == (2, 60)
+    assert cache.committed == 56
+
+
+def test_a_fixed_width_needs_no_driver(family):
+    model = tiny_model(family)
+    batch = left_padded([40, 31])
+    texts = []
+    for with_driver in (False, True):
+        cache = PackedKVCache(model.config, bits=None if with_driver else 4, block=8)
+        processors = [PolicyDriver(model, cache, FixedBits(4))] if with_driver else None
+        texts.append(
+            model.generate(
+                **batch, past_key_values=cache, logits_processor=processors, max_new_tokens=30, do_sample=False
+            )
+        )
+    assert torch.equal(*texts)
+
+
+def test_beams_without_commits_equal_those_of_the_full_cache(family):
+    model = tiny_model(family)
+    batch = left_padded([20, 14])
+    settings = {"max_new_tokens": 15, "num_beams": 3, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    assert torch.equal(model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config)), expected)
+
+
+def test_policies_that_read_logits_refuse_beams_by_name():
+    model = tiny_model("llama")
+    for prefilled in (False, True):
+        cache = PackedKVCache(model.config, block=8)
+        driver = PolicyDriver(model, cache, EntropyRule())
+        batch = left_padded([40])
+        inputs = driver.prefill(batch) if prefilled else batch
+        with pytest.raises(ValueError, match=r"'rule-based dynamic' reads .*beam search"):
+            model.generate(**inputs, past_key_values=cache, logits_processor=[driver], max_new_tokens=5, num_beams=2)
+
+
+def test_a_policy_that_reads_logits_asks_for_the_prefill():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, EntropyRule())
+    with pytest.raises(ValueError, match=r"call driver.prefill\(inputs\) first"):
+        model.generate(**left_padded([40]), past_key_values=cache, logits_processor=[driver], max_new_tokens=5)
+
+
+def test_the_driver_chooses_by_the_entropy_after_each_token():
+    model = tiny_model("llama", dtype=torch.float64)
+    ids = random_ids(2, 40)
+    rule = EntropyRule((3.9, 4.1, 4.25))
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, rule)
+    entropies = [entropy(logits) for _, logits in score_blocks(model, ids, cache, driver, block=8)]
+    expected = torch.tensor([2, 4, 8, 16])[
+        torch.bucketize(torch.cat(entropies, 1), torch.tensor(rule.thresholds).double(), right=True)
+    ]
+    assert torch.equal(driver.widths_so_far(), expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_scoring_block_by_block_equals_decoding_token_by_token(family, policy):
+    model = tiny_model(family, dtype=torch.float64)
+    ids = random_ids(1, 45)
+    cache = PackedKVCache(model.config, block=1 if policy == "random" else 8)
+    driver = PolicyDriver(model, cache, POLICIES[policy]())
+    blocks = torch.cat([logits for _, logits in score_blocks(model, ids, cache, driver, cache.block)], 1)
+    twin = PackedKVCache(model.config, block=cache.block)
+    twin_driver = PolicyDriver(model, twin, POLICIES[policy](), extra=("entropy", "confidence", "attn_var"))
+    result = decode(model, ids, twin, twin_driver, forced=True)
+    assert torch.allclose(result.features.entropy, entropy(blocks), atol=1e-8)
+    assert torch.equal(driver.widths_so_far(), twin_driver.widths_so_far())
+    assert torch.equal(result.correct[0], blocks[0, :-1].argmax(-1) == ids[0, 1:])
+    assert len(result.latency_ms) == 45
+    assert min(result.latency_ms) > 0
+
+
+def test_greedy_decoding_writes_what_generate_writes(family):
+    model = tiny_model(family)
+    ids = random_ids(2, 20)
+    expected = model.generate(input_ids=ids, max_new_tokens=15, do_sample=False)
+    result = decode(model, ids, DynamicCache(config=model.config), max_new_tokens=15)
+    assert torch.equal(result.token_ids, expected)
+    packed = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, packed, FixedBits(16))
+    assert torch.equal(decode(model, ids, packed, driver, max_new_tokens=15).token_ids, expected)
+
+
+def test_sampling_repeats_with_its_seed_and_stops_at_the_end():
+    model = tiny_model("llama")
+    ids = random_ids(1, 10)
+    texts = [
+        decode(model, ids, DynamicCache(config=model.config), max_new_tokens=20, temperature=1.0, seed=seed).token_ids
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+    model.generation_config.eos_token_id = int(texts[0][0, 14])
+    short = decode(model, ids, DynamicCache(config=model.config), max_new_tokens=20, temperature=1.0, seed=0)
+    assert short.token_ids.shape[1] <= 15
+    assert short.token_ids[0, -1] == model.generation_config.eos_token_id
+
+
+def test_rarity_reaches_the_policy_from_the_given_counts():
+    class Spy(FixedBits):
+        def widths(self, features, batch, tokens):
+            seen.append(features.rarity)
+            return super().widths(features, batch, tokens)
+
+    seen, model, ids = [], tiny_model("llama"), random_ids(2, 32)
+    start = TokenCounts()
+    start.rarity(range(90))
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, Spy(4, needs=("rarity",)), counts=start)
+    for _ in score_blocks(model, ids, cache, driver, block=8):
+        pass
+    expected = [start.copy().rarity(row) for row in ids.tolist()]
+    assert torch.allclose(torch.cat(seen, 1), torch.tensor(expected).float())
+
+
+def test_wrong_widths_of_a_policy_are_refused():
+    class Wrong(FixedBits):
+        def widths(self, features, batch, tokens):
+            return torch.full((batch, tokens + 1), 4)
+
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, Wrong(4))
+    with pytest.raises(ValueError, match=r"static 4-bit: widths must have shape \[1, 16\], got \[1, 17\]"):
+        decode(model, random_ids(1, 20), cache, driver, forced=True)
+
+
+def test_unknown_features_and_unfit_models_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="unknown feature"):
+        PolicyDriver(model, PackedKVCache(model.config), FixedBits(4), extra=("mood",))
+    plain = tiny_model("llama", packed=False)
+    with pytest.raises(ValueError, match="use_packed_attention"):
+        PolicyDriver(plain, PackedKVCache(plain.config), FixedBits(4), extra=("attn_var",))
+    with pytest.raises(ValueError, match="forced=True"):
+        decode(model, random_ids(1, 5), PackedKVCache(model.config))
+
+
+def test_packed_attention_serves_other_caches_too(family):
+    plain, packed = tiny_model(family, packed=False), tiny_model(family)
+    batch = left_padded([20, 13])
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(packed.generate(**batch, **settings), plain.generate(**batch, **settings))
+    assert torch.equal(packed(**batch, use_cache=False).logits, plain(**batch, use_cache=False).logits)
+
+
+def test_assisted_generation_crops_the_packed_cache():
+    model, assistant = tiny_model("llama"), tiny_model("llama", seed=1)
+    batch = left_padded([40])
+    expected = model.generate(**batch, max_new_tokens=20, do_sample=False)
+    cache = PackedKVCache(model.config, block=8)
+    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
+    assert torch.equal(out, expected)
+    cache = PackedKVCache(model.config, bits=8, block=8)
+    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
+    assert out.shape == expected.shape
