@@ -1,0 +1,130 @@
+"""Texts: HellaSwag items, stories and plain text, from the hub or from local files in the same formats.
+
+Knows nothing of models; tokenizing happens where a text meets one. A local path always wins over a hub name, and
+nothing is ever replaced silently by something else.
+"""
+
+import gzip
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.hub import fetch_dataset
+
+STORY_SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """One multiple-choice item: `label` is the index of the true one among `endings`."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+    @property
+    def text(self) -> str:
+        """Context and true ending: the text that HellaSwag was cut from."""
+        return f"{self.context} {self.endings[self.label]}"
+
+
+def _open_text(path: Path):
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def read_stories(path: str | Path) -> list[str]:
+    """Stories of a text file (`.txt` or `.txt.gz`), separated by lines of `<|endoftext|>`.
+
+    Raises `ValueError` where the file holds no story.
+    """
+    path = Path(path)
+    try:
+        with _open_text(path) as file:
+            stories = [story.strip() for story in file.read().split(STORY_SEPARATOR)]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"text file {path}: cannot be read as UTF-8 text ({error})") from error
+    stories = [story for story in stories if story]
+    if not stories:
+        raise ValueError(f"text file {path}: holds no text; expected stories separated by {STORY_SEPARATOR}")
+    return stories
+
+
+def split_holdout(stories: list[str], holdout: float = 0.1) -> tuple[list[str], list[str]]:
+    """The first `1 - holdout` and the last `holdout` share of the stories, in file order."""
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout must lie between 0 and 1, got {holdout}")
+    if len(stories) < 2:
+        raise ValueError(f"{len(stories)} text(s) cannot be split in two")
+    cut = min(max(1, round(len(stories) * (1 - holdout))), len(stories) - 1)
+    return stories[:cut], stories[cut:]
+
+
+def _parse_item(record: dict, where: str) -> MultipleChoice:
+    missing = {"ctx", "endings", "label"} - record.keys()
+    if missing:
+        raise ValueError(f"{where}: missing field(s) {sorted(missing)}; expected ctx, endings, label")
+    endings, label = tuple(record["endings"]), str(record["label"])
+    if not label.isdigit() or int(label) >= len(endings):
+        raise ValueError(f"{where}: label {record['label']!r} is not an index into its {len(endings)} endings")
+    return MultipleChoice(record["ctx"].strip(), endings, int(label))
+
+
+def read_multiple_choice(path: str | Path) -> list[MultipleChoice]:
+    """Items of a JSONL file in HellaSwag's schema: `ctx`, `endings`, `label` (other fields are ignored).
+
+    Raises `ValueError` that names file and line for anything else.
+    """
+    path = Path(path)
+    items = []
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg})") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            items.append(_parse_item(record, where))
+    if not items:
+        raise ValueError(f"{path.name}: holds no items")
+    return items
+
+
+def load_multiple_choice(source: str, split: str = "validation") -> list[MultipleChoice]:
+    """HellaSwag-like items from a local JSONL file, or else from the hub data set of that name."""
+    if Path(source).is_file():
+        return read_multiple_choice(source)
+    return [_parse_item(record, f"{source}[{i}]") for i, record in enumerate(fetch_dataset(source, split))]
+
+
+def load_stories(source: str, split: str = "train", field: str = "text") -> list[str]:
+    """Texts from a local story or JSONL file, or else the `field` column of the hub data set of that name."""
+    if Path(source).suffix == ".jsonl" and Path(source).is_file():
+        return [item.text for item in read_multiple_choice(source)]
+    if Path(source).is_file():
+        return read_stories(source)
+    return [record[field] for record in fetch_dataset(source, split) if record[field].strip()]
+
+
+def pack_tokens(token_ids: Iterable[list[int]], length: int) -> list[list[int]]:
+    """Concatenate token lists and cut them into rows of exactly `length`; the rest that fills no row is dropped."""
+    flat = [token for ids in token_ids for token in ids]
+    return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
+
+
+def sample_texts(items: list[MultipleChoice], count: int, seed: int = 0) -> list[str]:
+    """`count` different items in seeded random order, each as context and true ending.
+
+    The first items of a set are often alike (HellaSwag's are), so a sample is not its head. Raises `ValueError`
+    where there are fewer items.
+    """
+    if not 0 < count <= len(items):
+        raise ValueError(f"count must lie between 1 and the number of items ({len(items)}), got {count}")
+    return [item.text for item in random.Random(seed).sample(items, count)]

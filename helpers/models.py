@@ -1,0 +1,111 @@
+"""Presets, and loading a causal language model with its tokenizer from a folder or from the hub.
+
+A preset names models and texts together, so that every table and figure can say which it shows. Nothing falls back
+silently from one to another.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.attention import use_packed_attention
+from helpers.files import ROOT
+from helpers.hub import fetch_model
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Models and texts of one setting; every source is a hub name or a local path."""
+
+    name: str
+    model: str
+    multiple_choice: str
+    stories: str
+
+    @property
+    def data_dir(self) -> Path:
+        """Where results go: `data/` for the default preset, whose results are tracked, else `data/<preset>/`."""
+        return ROOT / "data" if self.name == DEFAULT_PRESET else ROOT / "data" / self.name
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where figures go, by the same rule."""
+        return ROOT / "figures" if self.name == DEFAULT_PRESET else ROOT / "figures" / self.name
+
+
+DEFAULT_PRESET = "embedded"
+PRESETS = {
+    "embedded": Preset(
+        "embedded",
+        model=str(ROOT / "data/models/large"),
+        multiple_choice=str(ROOT / "data/samples/stories.jsonl"),
+        stories=str(ROOT / "data/samples/stories.jsonl"),
+    ),
+    "smollm": Preset("smollm", "HuggingFaceTB/SmolLM-360M", "Rowan/hellaswag", "roneneldan/TinyStories"),
+    "llama": Preset(
+        "llama", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "Rowan/hellaswag", "roneneldan/TinyStories"
+    ),
+}
+
+
+def get_preset(name: str | None = None) -> Preset:
+    """The preset `name`, by default that of the environment variable PRESET, else "embedded"."""
+    name = name or os.environ.get("PRESET") or DEFAULT_PRESET
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def choose_device() -> tuple[torch.device, torch.dtype]:
+    """The device to run on and the dtype that suits it: CUDA bf16 (fp16 on older cards), MPS fp16, CPU fp32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), torch.float16
+    return torch.device("cpu"), torch.float32
+
+
+def load_model(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quiet: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, ready for inference with packed attention, and its tokenizer.
+
+    `source` is a folder in Hugging Face format or a hub name. Weights come from safetensors files only, and no code
+    from the repository is run. Prints device and dtype unless `quiet`. Raises `HubError` where the hub cannot help
+    and `ValueError` where the folder holds no usable model.
+    """
+    default_device, default_dtype = choose_device()
+    device = torch.device(device or default_device)
+    dtype = dtype or (default_dtype if device.type == default_device.type else torch.float32)
+    folder = fetch_model(str(source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model '{source}': no model in safetensors format with a tokenizer there ({error})"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model = use_packed_attention(model.to(device).eval())
+    if not quiet:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{Path(source).name}: {count / 1e6:.2f}M parameters on {device}, {str(dtype).removeprefix('torch.')}")
+    return model, tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> list[int]:
+    """Token ids of one text with the special tokens that the model expects, cut to `max_tokens`.
+
+    Raises `ValueError` for a text that holds nothing but white space.
+    """
+    if not text.strip():
+        raise ValueError("text is empty: there is nothing to read")
+    return tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
