@@ -256,7 +256,8 @@ class PackedKVCache(Cache):
         ready = self.tail_length // self.block * self.block
         if not ready or self.stores or self.quantizer == "minmax":
             return ready
-        real = self.tail_length if self.visible is None else int(self.visible[:, : self.tail_length].sum(-1).min())
+        # Counted in whole blocks, so that it does not matter in which portions the tokens came.
+        real = ready if self.visible is None else int(self.visible[:, :ready].sum(-1).min())
         return ready if real >= CENTRE_TOKENS else 0
 
     def commit(self, bits: Widths | torch.Tensor | np.ndarray, tokens: int | None = None, pending: bool = False):

@@ -1,0 +1,182 @@
+"""Part 1: run a model over texts under a policy and log, token by token, what a controller could learn from.
+
+    python main.py collect --model MODEL --texts HELLASWAG.jsonl
+
+The table's first six columns are `entropy, rarity, attn_var, kv_bits, latency, accuracy`; no text is stored.
+Collection goes text by text into a partial file beside the result, which a later run with the same settings takes
+up again; the result itself appears only when it is complete and has passed `check_training_data`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from helpers.features import TokenCounts
+from helpers.files import atomic_path, provenance, write_json
+from helpers.generation import PolicyDriver, decode
+from helpers.kv_cache import PackedKVCache
+from helpers.policies import Policy
+from helpers.quantization import WIDTHS
+
+SEED_COLUMNS = ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
+COLUMNS = [*SEED_COLUMNS, "confidence", "text_id", "position", "token_id"]
+
+
+def collect_text(
+    model: PreTrainedModel, ids: Sequence[int], rarity: Sequence[float], text_id: int, policy: Policy, block: int = 16
+) -> pd.DataFrame:
+    """Read one text token by token through a packed cache under `policy`; one row per token that has a next one.
+
+    Units: entropy in nats, latency in ms for that token's own step (forward, features, policy, commit), attn_var
+    unitless, accuracy 1.0 where the next token was the most probable one.
+    """
+    row = torch.tensor([list(ids)], device=model.device)
+    cache = PackedKVCache(model.config, block=block)
+    driver = PolicyDriver(model, cache, policy, extra=("entropy", "confidence", "attn_var"))
+    result = decode(model, row, cache, driver, forced=True)
+    count = len(ids) - 1
+    columns = {
+        "entropy": result.features.entropy[0, :count].double().cpu(),
+        "rarity": np.asarray(rarity[:count]),
+        "attn_var": result.features.attn_var[0, :count].double().cpu(),
+        "kv_bits": driver.widths_so_far()[0, :count].cpu(),
+        "latency": np.asarray(result.latency_ms[:count]),
+        "accuracy": result.correct[0].double().cpu(),
+        "confidence": result.features.confidence[0, :count].double().cpu(),
+        "text_id": np.full(count, text_id),
+        "position": np.arange(count),
+        "token_id": np.asarray(ids[:count]),
+    }
+    return pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})[COLUMNS]
+
+
+def collect(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    path: str | Path,
+    policy: Policy,
+    block: int = 16,
+    source: dict[str, str] | None = None,
+) -> pd.DataFrame:
+    """Collect all `texts` (token ids, two or more each) into the CSV `path`, and its provenance into `path`.json.
+
+    An interrupted collection is taken up after its last complete text if texts, policy, block and model shape are
+    the same; else it starts anew. Raises `ValueError` for texts of fewer than two tokens.
+    """
+    path = Path(path)
+    short = [i for i, ids in enumerate(texts) if len(ids) < 2]
+    if short or not texts:
+        raise ValueError(f"every text needs two tokens or more; too short: text(s) {short or 'none given'}")
+    # Rarity depends on the texts before: counting them serially makes a resumed run see what a whole run sees.
+    counts = TokenCounts()
+    rarities = [counts.rarity(ids) for ids in texts]
+    partial = path.with_name(f".{path.stem}.partial.csv")
+    done = _resume(partial, texts, _fingerprint(model, texts, policy, block))
+    progress = tqdm(range(len(texts)), initial=0, desc="texts", leave=False)
+    if len(done) < len(texts):
+        _warm_up(model, texts[0], policy, block)
+    for text_id in progress:
+        if text_id in done:
+            continue
+        table = collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
+        with partial.open("a", newline="", encoding="utf-8") as file:
+            table.round(6).to_csv(file, header=False, index=False)
+            file.flush()
+    result = pd.read_csv(partial, comment="#", names=COLUMNS)
+    check_training_data(result)
+    with atomic_path(path) as temporary:
+        result.to_csv(temporary, index=False)
+    write_json(
+        path.with_suffix(".json"),
+        {"texts": len(texts), "rows": len(result), "policy": repr(policy), "block": block, **(source or {})}
+        | provenance(),
+    )
+    partial.unlink()
+    return result
+
+
+def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: int) -> None:
+    """Run a few steps that are not logged, so that first-use costs do not land in the first rows."""
+    row = torch.tensor([list(ids)[: 2 * block]], device=model.device)
+    cache = PackedKVCache(model.config, block=block)
+    decode(model, row, cache, PolicyDriver(model, cache, policy, extra=("entropy", "attn_var")), forced=True)
+
+
+def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:
+    content = json.dumps([model.config.to_diff_dict(), [list(t) for t in texts], repr(policy), block], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> set[int]:
+    """Ids of the texts that the partial file holds completely; it is cut to these, or begun anew."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    header = f"# {fingerprint}\n"
+    kept: list[str] = []
+    done: set[int] = set()
+    if partial.is_file():
+        lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and lines[0] == header:
+            at = 1
+            for text_id, ids in enumerate(texts):
+                rows = lines[at : at + len(ids) - 1]
+                whole = len(rows) == len(ids) - 1 and rows[-1].endswith("\n")
+                if not whole or any(row.count(",") != len(COLUMNS) - 1 for row in rows):
+                    break
+                kept, at = kept + rows, at + len(rows)
+                done.add(text_id)
+    with atomic_path(partial) as temporary:
+        temporary.write_text(header + "".join(kept), encoding="utf-8")
+    return done
+
+
+def check_training_data(table: pd.DataFrame) -> None:
+    """Raise `ValueError`, naming column and fault, unless `table` is a sound result of `collect`."""
+    if list(table.columns[: len(SEED_COLUMNS)]) != SEED_COLUMNS:
+        raise ValueError(f"the first columns must be {SEED_COLUMNS}, got {list(table.columns[: len(SEED_COLUMNS)])}")
+    missing = [name for name in COLUMNS if name not in table.columns]
+    if missing:
+        raise ValueError(f"missing column(s): {', '.join(missing)}")
+    if table.empty:
+        raise ValueError("the table has no rows")
+    for name in COLUMNS:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise ValueError(f"column {name} is not numeric")
+        if not np.isfinite(table[name]).all():
+            raise ValueError(f"column {name} holds NaN or infinity")
+    ranges = {"entropy": (0, 20), "rarity": (0, 30), "attn_var": (0, 0.25), "accuracy": (0, 1), "confidence": (0, 1)}
+    for name, (low, high) in ranges.items():
+        if not table[name].between(low, high).all():
+            raise ValueError(f"column {name} must lie between {low} and {high}")
+    if not table["kv_bits"].isin(WIDTHS).all():
+        raise ValueError(f"column kv_bits must hold only {WIDTHS}, got {sorted(table['kv_bits'].unique())}")
+    if not (table["latency"] > 0).all():
+        raise ValueError("column latency must be positive")
+
+
+def read_training_data(path: str | Path) -> pd.DataFrame:
+    """Read and check a table that `collect` wrote; a missing file is answered with the notebook that writes it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not there yet: run notebook 01_data_collection.ipynb first")
+    table = pd.read_csv(path)
+    check_training_data(table)
+    return table
+
+
+def summarise(table: pd.DataFrame) -> str:
+    """The seed's summary as text: head(10), means, std/min/max and correlations of the six seed columns."""
+    seed = table[SEED_COLUMNS]
+    parts = [
+        seed.head(10).to_string(),
+        "=== Overall Summary (mean) ===\n" + seed.mean().to_string(),
+        "=== Distribution Stats (std, min, max) ===\n" + seed.describe().loc[["std", "min", "max"]].to_string(),
+        "=== Feature Correlations ===\n" + seed.corr().to_string(),
+    ]
+    return "\n\n".join(parts)

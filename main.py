@@ -1,0 +1,115 @@
+"""Command line over `helpers`: `python main.py COMMAND --help` shows the options of a command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def collect(options: argparse.Namespace) -> None:
+    from helpers.collection import collect, summarise
+    from helpers.corpora import load_multiple_choice, sample_texts
+    from helpers.files import relative_to_root
+    from helpers.models import encode, get_preset, load_model
+    from helpers.policies import EntropyRule
+
+    preset = get_preset(options.preset)
+    source = options.model or preset.model
+    texts_source = options.texts or preset.multiple_choice
+    model, tokenizer = load_model(source)
+    texts = sample_texts(load_multiple_choice(texts_source), options.count, options.seed)
+    ids = [encode(tokenizer, text, options.max_tokens) for text in texts]
+    out = Path(options.out or preset.data_dir / "controller_training.csv")
+    names = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "preset": preset.name}
+    table = collect(model, ids, out, EntropyRule(), options.block, names)
+    print(summarise(table))
+    print(f"\n{len(table)} tokens of {len(ids)} texts -> {relative_to_root(out)}")
+
+
+def quality(options: argparse.Namespace) -> None:
+    import pandas as pd
+    import torch
+
+    from helpers.corpora import load_stories, pack_tokens, split_holdout
+    from helpers.files import atomic_path, provenance, relative_to_root, write_json
+    from helpers.models import get_preset, load_model
+    from helpers.quality import SAMPLED_STORES, TEXT_STORES, quality_table, sample_sequences
+
+    preset = get_preset(options.preset)
+    source, texts = options.model or preset.model, options.texts or preset.stories
+    model, tokenizer = load_model(source)
+    sampled = sample_sequences(model, options.sequences, 256, options.seed)
+    held_out = load_stories(texts)
+    if options.last < 1:
+        _, held_out = split_holdout(held_out, options.last)
+    packed = torch.tensor(pack_tokens(tokenizer(held_out, verbose=False)["input_ids"], 512)).to(model.device)
+    tables = [quality_table(model, sampled, SAMPLED_STORES, "sampled")]
+    tables.append(quality_table(model, packed, TEXT_STORES, "held-out text, positions 256-511", first=256))
+    table = pd.concat(tables)
+    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"bits_per_element": 2})
+    print(shown.drop(columns=["tokens"]).to_string(index=False))
+    out = Path(options.out or preset.data_dir / f"quality_{Path(source).name}.csv")
+    with atomic_path(out) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    names = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
+    write_json(out.with_suffix(".json"), names | provenance())
+
+
+def card(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from helpers import plots
+    from helpers.corpora import load_multiple_choice
+    from helpers.files import ROOT
+    from helpers.model_card import PAIR, measure_pair, write_card
+    from helpers.models import get_preset
+
+    preset, folder = get_preset("embedded"), ROOT / "data" / "models"
+    logs = {}
+    for name in PAIR:
+        log = pd.read_csv(folder / name / "training_log.csv")
+        settings = pd.read_json(folder / name / "training.json", typ="series")["settings"]
+        logs[name] = log.assign(tokens=log["step"] * settings["batch"] * settings["context"])
+    figure = plots.training_curves(logs, "Both models still learn at the end", "loss over steps of 50 batches")
+    plots.save_figure(figure, preset.figures_dir, "00_training_curves")
+    measured = measure_pair(folder, load_multiple_choice(preset.multiple_choice), options.holdout_text)
+    write_card(folder, measured)
+    for name in PAIR:
+        print(name, measured[name], f"{measured['ms_per_token'][name]:.2f} ms per token")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--preset", help="embedded (default), smollm or llama; also the variable PRESET")
+    shared.add_argument("--model", help="folder or hub name instead of the preset's model")
+    shared.add_argument("--texts", help="file or hub name instead of the preset's texts")
+    shared.add_argument("--out", help="result file instead of the preset's")
+    shared.add_argument("--seed", type=int, default=0)
+
+    command = commands.add_parser("collect", parents=[shared], help="log features and widths, token by token (Part 1)")
+    command.add_argument("--count", type=int, default=24, help="number of texts")
+    command.add_argument("--max-tokens", type=int, default=128, help="tokens of each text that are read")
+    command.add_argument("--block", type=int, default=16)
+    command.set_defaults(run=collect)
+
+    command = commands.add_parser("quality", parents=[shared], help="KL and accuracy of fixed widths, block by block")
+    command.add_argument("--sequences", type=int, default=200, help="sequences that the model samples")
+    command.add_argument("--last", type=float, default=0.1, help="share of the texts, from the end, that is read")
+    command.set_defaults(run=quality)
+
+    command = commands.add_parser("card", help="measure the embedded pair again and rewrite its card")
+    command.add_argument("--holdout-text", help="the story file whose last tenth was held out in training")
+    command.set_defaults(run=card)
+
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

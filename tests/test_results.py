@@ -1,0 +1,183 @@
+"""Files, figures, the command line, notebooks: what a user opens."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from matplotlib import pyplot as plt
+
+import main
+from helpers import plots, publish
+from helpers.collection import SEED_COLUMNS, collect, read_training_data
+from helpers.files import ROOT, atomic_path, environment_table, provenance, relative_to_root, write_json
+from helpers.models import PRESETS
+from helpers.policies import EntropyRule
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "r.json"
+    write_json(path, {"a": 1})
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            temporary.write_text("{half")
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_half()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for content in ("one", "two"):
+        with atomic_path(tmp_path / "d", directory=True) as temporary:
+            (temporary / f"{content}.txt").write_text(content)
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["two.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_paths_in_results_do_not_name_this_machine(tmp_path):
+    assert relative_to_root(ROOT / "data" / "x.csv") == "data/x.csv"
+    assert relative_to_root(tmp_path / "models" / "m") == "models/m"
+    assert {"device", "torch", "date", "extra"} <= provenance(extra=1).keys()
+    assert "date" not in environment_table(preset="embedded").index
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    model = tiny_model("llama")
+    texts = [random_ids(1, 30, seed=i)[0].tolist() for i in range(3)]
+    return collect(model, texts, tmp_path_factory.mktemp("c") / "t.csv", EntropyRule((3.9, 4.1, 4.25)), block=8)
+
+
+def test_every_figure_is_drawn_and_saved(table, tmp_path):
+    figures = {
+        "01_a": plots.entropy_against_rarity(table, "title", "subtitle"),
+        "01_b": plots.correlation_heat_map(table, SEED_COLUMNS, "title", "subtitle"),
+        "01_c": plots.latency_distribution(table, 8, "title", "subtitle"),
+        "01_d": plots.tokens_by_width(["Once", " upon", "\n", "$x$"] * 20, [2, 4, 8, 16] * 20, "title", "subtitle"),
+    }
+    for name, figure in figures.items():
+        path = plots.save_figure(figure, tmp_path, name)
+        pixels = plt.imread(path)
+        assert pixels.shape[1] <= 9 * 150
+        assert np.allclose(pixels[0, 0, :3], 1)  # white, not transparent
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+        plt.close(figure)
+
+
+def run_main(*arguments: str) -> int:
+    return main.main(list(arguments))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from helpers.pretrain import train_tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, vocab_size=300)
+    model = tiny_model("llama", packed=False)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_collect_from_the_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "c.csv"
+    arguments = ["--model", str(folder), "--texts", PRESETS["embedded"].multiple_choice, "--out", str(out)]
+    assert run_main("collect", *arguments, "--count", "2", "--max-tokens", "20") == 0
+    told = capsys.readouterr().out
+    assert "=== Overall Summary (mean) ===" in told
+    assert "38 tokens of 2 texts" in told
+    assert len(read_training_data(out)) == 38
+
+
+def test_quality_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    from helpers import quality
+
+    monkeypatch.setattr(quality, "SAMPLED_STORES", quality.SAMPLED_STORES[2:3])
+    monkeypatch.setattr(quality, "TEXT_STORES", quality.TEXT_STORES[1:2])
+    out = tmp_path / "q.csv"
+    arguments = ["--model", str(folder), "--texts", PRESETS["embedded"].stories, "--out", str(out), "--sequences", "2"]
+    assert run_main("quality", *arguments) == 0
+    assert "static 4-bit, block 16" in capsys.readouterr().out
+    assert pd.read_csv(out).kl.between(0, 1).all()
+    assert "device" in json.loads(out.with_suffix(".json").read_text())
+
+
+def test_mistakes_are_answered_in_one_line(capsys):
+    assert run_main("collect", "--preset", "gpt5") == 1
+    assert capsys.readouterr().err == "collect: preset must be one of embedded, smollm, llama, got 'gpt5'\n"
+
+
+def write_notebook(path, *sources):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), path)
+    return path
+
+
+def test_publishing_runs_and_tidies(tmp_path):
+    source = "import sys, os\nprint('a'); print('b')\nprint('noise', file=sys.stderr)\nos.environ['PUBLISHING']"
+    path = write_notebook(tmp_path / "01_x.ipynb", source)
+    publish.publish(path)
+    first = path.read_bytes()
+    cell = nbformat.read(path, 4).cells[0]
+    assert [o.output_type for o in cell.outputs] == ["stream", "execute_result"]
+    assert cell.outputs[0].text == "a\nb\n"
+    assert (cell.execution_count, cell.id) == (1, "cell-00")
+    publish.publish(path)
+    assert path.read_bytes() == first
+
+
+def test_a_failing_cell_stops_publishing_and_leaves_the_file(tmp_path, capsys):
+    path = write_notebook(tmp_path / "01_x.ipynb", "print('fine')", "raise ValueError('broken here')")
+    before = path.read_bytes()
+    assert publish.main([str(path)]) == 1
+    assert "broken here" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_published_notebooks_are_whole(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert "widgets" not in notebook.metadata
+    text = path.read_text()
+    assert "widget-view" not in text
+    assert len(text) < 1_000_000
+    assert str(ROOT) not in text
+    assert notebook.cells[0].cell_type == "markdown"
+    assert [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    for cell in code:
+        for name in [part.split('"')[0] for part in cell.source.split('figures_dir, "')[1:]]:
+            assert (ROOT / "figures" / f"{name}.png").is_file(), name
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_committed_training_data_is_sound():
+    table = read_training_data(ROOT / "data" / "controller_training.csv")
+    assert len(table) >= 1000
+    assert table.text_id.nunique() >= 20
+
+
+def test_helpers_import_from_anywhere(tmp_path):
+    command = [sys.executable, "-c", "import helpers.kv_cache, helpers.attention; print('ok')"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "ok\n"
+    assert torch.__version__.startswith("2.13.0")
