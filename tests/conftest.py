@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.attention import use_packed_attention
 from helpers.files import ROOT
+from helpers.pretrain import train_tokenizer
 
 SHARED = ROOT.parent / "shared"
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -69,6 +70,19 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("real models and data (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer, in Hugging Face format."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, vocab_size=300)
+    model = tiny_model("llama", packed=False)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:

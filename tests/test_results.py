@@ -79,23 +79,9 @@ def run_main(*arguments: str) -> int:
     return main.main(list(arguments))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from helpers.pretrain import train_tokenizer
-
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, vocab_size=300)
-    model = tiny_model("llama", packed=False)
-    model.resize_token_embeddings(len(tokenizer))
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def test_collect_from_the_command_line(folder, tmp_path, capsys):
+def test_collect_from_the_command_line(tiny_folder, tmp_path, capsys):
     out = tmp_path / "c.csv"
-    arguments = ["--model", str(folder), "--texts", PRESETS["embedded"].multiple_choice, "--out", str(out)]
+    arguments = ["--model", str(tiny_folder), "--texts", PRESETS["embedded"].multiple_choice, "--out", str(out)]
     assert run_main("collect", *arguments, "--count", "2", "--max-tokens", "20") == 0
     told = capsys.readouterr().out
     assert "=== Overall Summary (mean) ===" in told
@@ -103,13 +89,22 @@ def test_collect_from_the_command_line(folder, tmp_path, capsys):
     assert len(read_training_data(out)) == 38
 
 
-def test_quality_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
+def test_quality_from_the_command_line(tiny_folder, tmp_path, capsys, monkeypatch):
     from helpers import quality
 
     monkeypatch.setattr(quality, "SAMPLED_STORES", quality.SAMPLED_STORES[2:3])
     monkeypatch.setattr(quality, "TEXT_STORES", quality.TEXT_STORES[1:2])
     out = tmp_path / "q.csv"
-    arguments = ["--model", str(folder), "--texts", PRESETS["embedded"].stories, "--out", str(out), "--sequences", "2"]
+    arguments = [
+        "--model",
+        str(tiny_folder),
+        "--texts",
+        PRESETS["embedded"].stories,
+        "--out",
+        str(out),
+        "--sequences",
+        "2",
+    ]
     assert run_main("quality", *arguments) == 0
     assert "static 4-bit, block 16" in capsys.readouterr().out
     assert pd.read_csv(out).kl.between(0, 1).all()

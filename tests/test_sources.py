@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import random_ids
 
 from helpers import hub
 from helpers.corpora import (
@@ -23,7 +23,6 @@ from helpers.corpora import (
 from helpers.files import ROOT
 from helpers.hub import HubError, fetch_model
 from helpers.models import PRESETS, choose_device, encode, get_preset, load_model
-from helpers.pretrain import train_tokenizer
 
 ITEM = {"ind": 4, "ctx": "A dog runs. ", "endings": ["It barks.", "It flies."], "label": "0"}
 
@@ -111,20 +110,8 @@ def test_presets(monkeypatch):
         get_preset("gpt5")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a tokenizer, in Hugging Face format."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, vocab_size=300)
-    model = tiny_model("llama", packed=False)
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def test_a_local_folder_loads_like_a_hub_name(folder, capsys):
-    model, tokenizer = load_model(folder, device="cpu")
+def test_a_local_folder_loads_like_a_hub_name(tiny_folder, capsys):
+    model, tokenizer = load_model(tiny_folder, device="cpu")
     assert "parameters on cpu, float32" in capsys.readouterr().out
     assert model.config._attn_implementation == "packed_kv"
     assert tokenizer.padding_side == "left"
@@ -133,7 +120,7 @@ def test_a_local_folder_loads_like_a_hub_name(folder, capsys):
     assert len(ids) == 3
     with pytest.raises(ValueError, match="text is empty"):
         encode(tokenizer, " \n")
-    assert load_model(folder, device="cpu", dtype=torch.bfloat16, quiet=True)[0].dtype == torch.bfloat16
+    assert load_model(tiny_folder, device="cpu", dtype=torch.bfloat16, quiet=True)[0].dtype == torch.bfloat16
 
 
 def test_device_and_dtype_belong_together(monkeypatch):
@@ -148,9 +135,9 @@ def test_device_and_dtype_belong_together(monkeypatch):
     assert choose_device() == (torch.device("mps"), torch.float16)
 
 
-def test_folders_without_safetensors_are_refused(folder, tmp_path):
+def test_folders_without_safetensors_are_refused(tiny_folder, tmp_path):
     copy = tmp_path / "m"
-    shutil.copytree(folder, copy)
+    shutil.copytree(tiny_folder, copy)
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(ValueError, match="no model in safetensors format"):
         load_model(copy)
@@ -204,9 +191,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def fake_hub(folder, tmp_path, monkeypatch):
+def fake_hub(tiny_folder, tmp_path, monkeypatch):
     """A hub on this machine, and an empty cache."""
-    handler = type("H", (Hub,), {"folder": folder})
+    handler = type("H", (Hub,), {"folder": tiny_folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
