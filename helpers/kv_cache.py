@@ -358,10 +358,8 @@ class PackedKVCache(Cache):
             store.record_received = self.record_received
             if self.quantizer == "rotated":
                 weights = self._centre_weights(first.device)
-                tokens = weights.shape[1]
-                for side, name in (("key", "keys"), ("value", "values")):
-                    states = torch.stack([getattr(self.layers[i], name)[:, :, :tokens] for i in members])
-                    store.set_centre(side, states, weights)
+                keys = torch.stack([self.layers[i].keys[:, :, : weights.shape[1]] for i in members])
+                store.set_centre(keys, weights)
             self.stores.append(store)
             self.store_of |= {i: (store, at) for at, i in enumerate(members)}
         self.visible = None

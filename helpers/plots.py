@@ -74,7 +74,7 @@ def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: 
     for place, step in enumerate(order):
         median = shown.loc[shown["step"] == step, "latency"].median()
         axes.plot([median, median], [place - 0.3, place + 0.3], color="black", linewidth=1.5)
-        axes.annotate(f"median {median:.2f} ms", (median, place - 0.38), fontsize=8, ha="center")
+        axes.annotate(f"median {median:.2f} ms", (limit, place - 0.2), fontsize=8, ha="right")
     outside = int((table["latency"] > limit).sum())
     axes.set_xlim(0, limit)
     axes.set_xlabel("time per token (ms)" + (f"; {outside} slower token(s) not shown" if outside else ""))

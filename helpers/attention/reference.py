@@ -1,8 +1,8 @@
 """Packed attention in plain PyTorch: the definition that the fast implementations are held to.
 
-Keys are stored as `(k - c) R`. A query sees them as `q k = (q R) (k - c) R + q c`; values come back as
-`sum p v = (sum p v') R^T + c sum p`. So the query is rotated once and the output rotated back once, and packed
-tokens are read in the order in which they lie: softmax does not depend on it.
+Keys are stored as `(k - c) R`, values as `v R`. A query sees keys as `q k = (q R) ((k - c) R) + q c`, and the output is
+`sum p v = (sum p (v R)) R^T`. So the query is rotated once and the output rotated back once, and packed tokens are
+read in the order in which they lie: softmax does not depend on it.
 """
 
 import torch
@@ -33,7 +33,7 @@ def packed_attention(
     q_rotated = q_centre = None
     if store.rotation:
         q_rotated = q @ store.rotation["key"]
-        q_centre = (q * store.centre["key"][layer][:, :, None, None]).sum(-1, keepdim=True)
+        q_centre = (q * store.centre[layer][:, :, None, None]).sum(-1, keepdim=True)
     mask = _grouped_mask(attention_mask, rows, heads, kv_heads)
 
     scores = []
@@ -79,7 +79,7 @@ def _bucket_scores(bucket: Bucket, layer: int, store, q, q_rotated, q_centre) ->
 def _weighted_values(weights: torch.Tensor, states: PackedStates, layer: int) -> torch.Tensor:
     store = states.store
     tail_values = states.tail_values.to(store.dtype)[:, :, None]
-    plain, rotated, rotated_weight, at = 0, 0, 0, 0
+    plain, rotated, at = 0, 0, 0
     for bucket in states.buckets:
         part = weights[..., at : at + bucket.slots]
         at += bucket.slots
@@ -90,15 +90,13 @@ def _weighted_values(weights: torch.Tensor, states: PackedStates, layer: int) ->
             values = dequantize(codes, bucket.view("value_scales", layer), bits, store.dtype)[:, :, None]
             if store.rotation:
                 rotated = rotated + part @ values
-                rotated_weight = rotated_weight + part.sum(-1, keepdim=True)
             else:
                 plain = plain + part @ values
         if "received" in bucket.fields:
             bucket.view("received", layer).add_(part.sum((2, 3)))
     output = plain + weights[..., at:] @ tail_values
     if isinstance(rotated, torch.Tensor):
-        centre = store.centre["value"][layer][:, :, None, None]
-        output = output + rotated @ store.rotation["value"].T + centre * rotated_weight
+        output = output + rotated @ store.rotation["value"].T
     return output
 
 
