@@ -7,13 +7,15 @@ nothing is ever replaced silently by something else.
 import gzip
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from helpers.hub import fetch_dataset
 
 STORY_SEPARATOR = "<|endoftext|>"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,40 @@ def split_holdout(stories: list[str], holdout: float = 0.1) -> tuple[list[str], 
     return stories[:cut], stories[cut:]
 
 
+@dataclass(frozen=True)
+class Article:
+    """A text to go on from, and what is expected to come of it (CNN/DailyMail's `article` and `highlights`)."""
+
+    article: str
+    highlights: str
+
+
 def _parse_item(record: dict, where: str) -> MultipleChoice:
-    missing = {"ctx", "endings", "label"} - record.keys()
-    if missing:
-        raise ValueError(f"{where}: missing field(s) {sorted(missing)}; expected ctx, endings, label")
+    _require(record, ("ctx", "endings", "label"), where)
     endings, label = tuple(record["endings"]), str(record["label"])
     if not label.isdigit() or int(label) >= len(endings):
         raise ValueError(f"{where}: label {record['label']!r} is not an index into its {len(endings)} endings")
     return MultipleChoice(record["ctx"].strip(), endings, int(label))
 
 
-def read_multiple_choice(path: str | Path) -> list[MultipleChoice]:
-    """Items of a JSONL file in HellaSwag's schema: `ctx`, `endings`, `label` (other fields are ignored).
+def _parse_article(record: dict, where: str) -> Article:
+    _require(record, ("article", "highlights"), where)
+    return Article(record["article"].strip(), record["highlights"].strip())
+
+
+def _require(record: dict, fields: tuple[str, ...], where: str) -> None:
+    missing = sorted(set(fields) - record.keys())
+    if missing:
+        raise ValueError(f"{where}: missing field(s) {missing}; expected {', '.join(fields)}")
+
+
+def read_records(path: str | Path, parse: Callable[[dict, str], T], split: str | None = None) -> list[T]:
+    """Records of a JSONL file, each through `parse`; with `split`, only those that name this split or none.
 
     Raises `ValueError` that names file and line for anything else.
     """
     path = Path(path)
-    items = []
+    records = []
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -91,10 +110,22 @@ def read_multiple_choice(path: str | Path) -> list[MultipleChoice]:
                 raise ValueError(f"{where}: not JSON ({error.msg})") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            items.append(_parse_item(record, where))
-    if not items:
-        raise ValueError(f"{path.name}: holds no items")
-    return items
+            parsed = parse(record, where)
+            if split is None or record.get("split", split) == split:
+                records.append(parsed)
+    if not records:
+        raise ValueError(f"{path.name}: holds no items" + (f" of split {split!r}" if split else ""))
+    return records
+
+
+def read_multiple_choice(path: str | Path, split: str | None = None) -> list[MultipleChoice]:
+    """Items of a JSONL file in HellaSwag's schema: `ctx`, `endings`, `label` (other fields are ignored)."""
+    return read_records(path, _parse_item, split)
+
+
+def read_articles(path: str | Path, split: str | None = None) -> list[Article]:
+    """Articles of a JSONL file in CNN/DailyMail's schema: `article`, `highlights` (other fields are ignored)."""
+    return read_records(path, _parse_article, split)
 
 
 def load_multiple_choice(source: str, split: str = "validation") -> list[MultipleChoice]:

@@ -66,7 +66,8 @@ def _download(kind: str, arguments: list[str], silence: float) -> None:
     command = [sys.executable, "-m", "helpers.hub", kind, *arguments]
     # The child's own time-outs are longer than ours, so that it is the arrival of data that decides.
     environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "60", "HF_HUB_ETAG_TIMEOUT": "60"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # Its progress bars go where ours would; what it has to say to us comes through its standard output.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         child.stdout.readline()  # "ready": its imports are done, and the clock may start
         size, moved = _bytes_here(kind, arguments[0]), time.monotonic()
@@ -78,13 +79,11 @@ def _download(kind: str, arguments: list[str], silence: float) -> None:
             elif time.monotonic() - moved > silence:
                 raise _error(label, arguments[0], f"no data arrived for {silence:g} s")
         if child.returncode:
-            lines = [line for line in child.stderr.read().splitlines() if line.strip()]
-            raise _error(label, arguments[0], lines[-1].strip() if lines else f"exit code {child.returncode}")
+            raise _error(label, arguments[0], child.stdout.read().strip() or f"exit code {child.returncode}")
     finally:
         child.kill()
         child.wait()
         child.stdout.close()
-        child.stderr.close()
 
 
 def _bytes_here(kind: str, name: str) -> int:
@@ -111,11 +110,14 @@ def _child(kind: str, name: str, *rest: str) -> None:
         from datasets import load_dataset
 
     print("ready", flush=True)
-    if kind == "model":
-        snapshot_download(name, allow_patterns=MODEL_FILES)
-    else:
-        split, config = rest[0], rest[1] if len(rest) > 1 else None
-        load_dataset(name, config, split=split)
+    try:
+        if kind == "model":
+            snapshot_download(name, allow_patterns=MODEL_FILES)
+        else:
+            load_dataset(name, rest[1] if len(rest) > 1 else None, split=rest[0])
+    except Exception as error:  # whatever it is, the parent tells the user
+        print(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

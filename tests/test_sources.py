@@ -15,6 +15,7 @@ from helpers.corpora import (
     load_multiple_choice,
     load_stories,
     pack_tokens,
+    read_articles,
     read_multiple_choice,
     read_stories,
     sample_texts,
@@ -261,3 +262,22 @@ def test_official_files_and_real_models(shared):
     logits = model(input_ids=torch.tensor([encode(tokenizer, "Once upon a time")])).logits
     assert "there" in tokenizer.decode(logits[0, -1].topk(3).indices) or "," in tokenizer.decode(logits[0, -1].argmax())
     assert random_ids(1, 3).shape == (1, 3)
+
+
+def test_openings_are_the_stories_cut_in_two():
+    preset = PRESETS["embedded"]
+    stories = read_multiple_choice(preset.multiple_choice)
+    openings = read_articles(ROOT / "data/samples/openings.jsonl")
+    assert [f"{o.article} {o.highlights}" for o in openings] == [story.text for story in stories]
+    parts = {split: read_multiple_choice(preset.multiple_choice, split) for split in ("train", "test")}
+    assert len(parts["train"]) + len(parts["test"]) == len(stories)
+    assert len(read_articles(ROOT / "data/samples/openings.jsonl", "test")) == len(parts["test"]) >= 50
+    with pytest.raises(ValueError, match="holds no items of split 'dev'"):
+        read_multiple_choice(preset.multiple_choice, "dev")
+
+
+def test_articles_in_official_format(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"id": 1, "article": " A. ", "highlights": "B."})
+    assert [(a.article, a.highlights) for a in read_articles(path)] == [("A.", "B.")]
+    with pytest.raises(ValueError, match=r"line 1: missing field\(s\) \['highlights'\]; expected article, highlights"):
+        read_articles(write_lines(path, {"article": "A."}))
