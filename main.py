@@ -41,7 +41,10 @@ def quality(options: argparse.Namespace) -> None:
     held_out = load_stories(texts)
     if options.last < 1:
         _, held_out = split_holdout(held_out, options.last)
-    packed = torch.tensor(pack_tokens(tokenizer(held_out, verbose=False)["input_ids"], 512)).to(model.device)
+    rows = pack_tokens(tokenizer(held_out, verbose=False)["input_ids"], 512)[: options.max_rows]
+    if not rows:
+        raise ValueError(f"--texts {texts}: less than 512 tokens in the share that --last {options.last} reads")
+    packed = torch.tensor(rows).to(model.device)
     tables = [quality_table(model, sampled, SAMPLED_STORES, "sampled")]
     tables.append(quality_table(model, packed, TEXT_STORES, "held-out text, positions 256-511", first=256))
     table = pd.concat(tables)
@@ -89,13 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser("collect", parents=[shared], help="log features and widths, token by token (Part 1)")
     command.add_argument("--count", type=int, default=24, help="number of texts")
-    command.add_argument("--max-tokens", type=int, default=128, help="tokens of each text that are read")
+    command.add_argument("--max-tokens", type=int, default=256, help="tokens of each text that are read")
     command.add_argument("--block", type=int, default=16)
     command.set_defaults(run=collect)
 
     command = commands.add_parser("quality", parents=[shared], help="KL and accuracy of fixed widths, block by block")
     command.add_argument("--sequences", type=int, default=200, help="sequences that the model samples")
     command.add_argument("--last", type=float, default=0.1, help="share of the texts, from the end, that is read")
+    command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of text at most")
     command.set_defaults(run=quality)
 
     command = commands.add_parser("card", help="measure the embedded pair again and rewrite its card")

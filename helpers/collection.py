@@ -22,7 +22,7 @@ from helpers.features import TokenCounts
 from helpers.files import atomic_path, provenance, write_json
 from helpers.generation import PolicyDriver, decode
 from helpers.kv_cache import PackedKVCache
-from helpers.policies import Policy
+from helpers.policies import Policy, policy_for_text
 from helpers.quantization import WIDTHS
 
 SEED_COLUMNS = ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
@@ -39,17 +39,17 @@ def collect_text(
     """
     row = torch.tensor([list(ids)], device=model.device)
     cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy, extra=("entropy", "confidence", "attn_var"))
+    driver = PolicyDriver(model, cache, policy_for_text(policy, text_id), extra=("entropy", "confidence", "attn_var"))
     result = decode(model, row, cache, driver, forced=True)
     count = len(ids) - 1
     columns = {
-        "entropy": result.features.entropy[0, :count].double().cpu(),
+        "entropy": result.features.entropy[0, :count].cpu().double(),
         "rarity": np.asarray(rarity[:count]),
-        "attn_var": result.features.attn_var[0, :count].double().cpu(),
+        "attn_var": result.features.attn_var[0, :count].cpu().double(),
         "kv_bits": driver.widths_so_far()[0, :count].cpu(),
         "latency": np.asarray(result.latency_ms[:count]),
-        "accuracy": result.correct[0].double().cpu(),
-        "confidence": result.features.confidence[0, :count].double().cpu(),
+        "accuracy": result.correct[0].cpu().double(),
+        "confidence": result.features.confidence[0, :count].cpu().double(),
         "text_id": np.full(count, text_id),
         "position": np.arange(count),
         "token_id": np.asarray(ids[:count]),
@@ -106,11 +106,14 @@ def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: 
     """Run a few steps that are not logged, so that first-use costs do not land in the first rows."""
     row = torch.tensor([list(ids)[: 2 * block]], device=model.device)
     cache = PackedKVCache(model.config, block=block)
-    decode(model, row, cache, PolicyDriver(model, cache, policy, extra=("entropy", "attn_var")), forced=True)
+    driver = PolicyDriver(model, cache, policy_for_text(policy, 0), extra=("entropy", "attn_var"))
+    decode(model, row, cache, driver, forced=True)
 
 
 def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:
-    content = json.dumps([model.config.to_diff_dict(), [list(t) for t in texts], repr(policy), block], default=str)
+    weights = [str(model.dtype), sum(p.float().abs().sum().item() for p in model.parameters())]
+    content = [model.config.to_diff_dict(), weights, [list(t) for t in texts], repr(policy), block]
+    content = json.dumps(content, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

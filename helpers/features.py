@@ -35,6 +35,7 @@ def attention_variance(weights: torch.Tensor) -> torch.Tensor:
     `[..., queries]`. A query that sees `n` keys has `sum p^2 / n - 1 / n^2`: 0 for even attention, at most
     `(n - 1) / n^2` for attention to one key. The features use the last layer's.
     """
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     queries, keys = weights.shape[-2:]
     seen = torch.arange(keys - queries + 1, keys + 1, device=weights.device, dtype=weights.dtype)
     return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0).mean(dim=-2)

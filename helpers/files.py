@@ -31,8 +31,13 @@ def atomic_path(path: str | Path, directory: bool = False):
         if directory and path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / path.name)
-            os.replace(target, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(target, path)
+            except OSError:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(target, path)
     finally:
@@ -46,7 +51,9 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def relative_to_root(path: str | Path) -> str:
-    """`path` as shown in results: relative to the project where it lies inside it, else only its last two parts."""
+    """A path as shown in results: relative to the project where it lies inside it, else only its last two parts."""
+    if not Path(path).is_absolute() and not Path(path).exists():
+        return str(path)  # the name of a hub repository
     path = Path(path).resolve()
     if path.is_relative_to(ROOT):
         return path.relative_to(ROOT).as_posix()

@@ -6,6 +6,7 @@ which latency is measured, and *block by block* (`score_blocks`), each block a f
 gives the numbers of decoding token by token at a fraction of the time.
 """
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ class PolicyDriver(LogitsProcessor):
         model.generate(**driver.prefill(inputs), past_key_values=cache, logits_processor=[driver])
 
     Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
-    token counts from which rarity starts (each row goes on with a copy of its own). `extra` names features to
-    compute although the policy does not read them.
+    token counts from which rarity starts (each row goes on with a copy of its own). `extra` names features that
+    `observe` computes although the policy does not read them. Among several logits processors it belongs first, or
+    it sees what the others made of the logits.
     """
 
     def __init__(
@@ -48,10 +50,10 @@ class PolicyDriver(LogitsProcessor):
             raise ValueError(f"{policy.name}: unknown feature(s) {sorted(unknown)}")
         if "attn_var" in self.wanted:
             if not cache.reads_packed:
-                raise ValueError(f"{policy.name} reads the attention variance: call use_packed_attention(model) first")
+                raise ValueError("attn_var comes out of packed attention: call use_packed_attention(model) first")
             cache.record_variance = True
-        if policy.needs:
-            cache.rows_note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
+        note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
+        cache.rows_note = note if policy.needs else ""
         self.start_counts = counts or TokenCounts()
         self.reset()
 
@@ -122,15 +124,20 @@ class PolicyDriver(LogitsProcessor):
         """Widths of all tokens, `[B, tokens]`: as committed, and for the tail as the policy would choose now."""
         tail = self.token_ids.shape[1] if self.token_ids is not None else 0
         if tail:
-            counts = [c.copy() for c in self.row_counts] if self.row_counts else None
-            self._choose(tail)
-            tail_widths, self.row_counts = [self.chosen.pop()], counts
-        else:
-            tail_widths = []
-        return torch.cat([w.cpu() for w in [*self.chosen, *tail_widths]], dim=1)
+            looking_ahead = copy.copy(self)
+            looking_ahead.policy, looking_ahead.chosen = copy.deepcopy(self.policy), list(self.chosen)
+            looking_ahead.row_counts = [counts.copy() for counts in self.row_counts] if self.row_counts else None
+            looking_ahead._choose(tail)
+            return torch.cat([w.cpu() for w in looking_ahead.chosen], dim=1)
+        return torch.cat([w.cpu() for w in self.chosen], dim=1)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         held = self.cache.tail_length
+        if input_ids.shape[1] != self.cache.get_seq_length():
+            raise ValueError(
+                f"the cache holds {self.cache.get_seq_length()} tokens and the text {input_ids.shape[1]}: PolicyDriver "
+                "cannot follow assisted generation, which reads guesses ahead; use PackedKVCache(bits=...) with it"
+            )
         if not self.policy.needs:
             self.token_ids = input_ids[:, -held:]
             self._commit_ready()

@@ -31,11 +31,14 @@ def fetch_model(name: str, silence: float = SILENCE_SECONDS) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
     except LocalEntryNotFoundError:
-        _download("model", [name], silence)
+        pass
     except HFValidationError as error:
         raise _error("model", name, "it is neither a folder here nor the name of a hub repository") from error
+    _download("model", [name], silence)
     return Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
 
 
@@ -53,10 +56,12 @@ def fetch_dataset(name: str, split: str, config: str | None = None, silence: flo
 
 
 def _error(kind: str, name: str, reason: str) -> HubError:
+    download = "hf download --repo-type dataset" if kind == "data set" else "hf download"
+    kept = "JSONL or story file" if kind == "data set" else "folder"
     return HubError(
         f"{kind} '{name}' could not be had from the Hugging Face hub: {reason.rstrip('.')}. To run offline, use "
-        f"PRESET=embedded, which needs no network, or fetch it where there is one (hf download {name}) and give the "
-        "path of the local folder or file instead of the name."
+        f"PRESET=embedded, which needs no network, or fetch it where there is one ({download} {name}) and give the "
+        f"path of the local {kept} instead of the name."
     )
 
 
@@ -92,7 +97,9 @@ def _bytes_here(kind: str, name: str) -> int:
 
     folders = [Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}", Path(constants.HF_XET_CACHE)]
     if kind == "dataset":
-        folders.append(Path(constants.HF_HOME) / "datasets" / name.replace("/", "___").lower())
+        from datasets import config
+
+        folders.append(Path(config.HF_DATASETS_CACHE))
     total = 0
     for folder in folders:
         for path in folder.rglob("*"):

@@ -189,8 +189,11 @@ class PackedKVCache(Cache):
         bits: width at which the cache commits by itself, or a pair (key bits, value bits); None leaves committing to
             the caller, and without one everything stays in full precision.
         block: tokens that are committed together, 1 to 255; a tail of up to `block` tokens stays in full precision.
-        quantizer: "rotated" (centred and rotated, DESIGN section 3) or "minmax" (plain per-token minimum-maximum).
+        quantizer: "rotated" (keys centred, both rotated, 2-bit step searched) or "minmax" (plain per token).
         max_length: slots that a bucket reserves at once; without it buckets grow as needed.
+
+    Packed attention tells the cache which tokens are padding; with any other attention, padding of left-padded rows
+    enters the centring vectors unless `cache.visible` is set to the attention mask (as `PolicyDriver.prefill` does).
 
     Raises `ValueError` for widths, blocks or models that it cannot serve: encoder-decoder and sliding-window models.
     """
@@ -257,8 +260,13 @@ class PackedKVCache(Cache):
         if not ready or self.stores or self.quantizer == "minmax":
             return ready
         # Counted in whole blocks, so that it does not matter in which portions the tokens came.
-        real = ready if self.visible is None else int(self.visible[:, :ready].sum(-1).min())
+        real = ready if self.visible is None else int(self._real_tokens()[:, :ready].sum(-1).min())
         return ready if real >= CENTRE_TOKENS else 0
+
+    def _real_tokens(self) -> torch.Tensor:
+        """Which tokens of the tail are no padding, `[B, tokens]`; those that came after the mask was seen are real."""
+        visible = self.visible[:, : self.tail_length]
+        return torch.nn.functional.pad(visible, (0, self.tail_length - visible.shape[1]), value=True)
 
     def commit(self, bits: Widths | torch.Tensor | np.ndarray, tokens: int | None = None, pending: bool = False):
         """Quantize the oldest `tokens` tokens of the tail (default: all that are `committable`).
@@ -316,8 +324,8 @@ class PackedKVCache(Cache):
 
         With `keep`, every layer, row and head leaves the `keep` tokens of each block that have its highest `scores`
         as they are (settled); `scores` is `[L, B, H, blocks * block]`, or a list of such tensors, one a store. The
-        other tokens move to `target` and, with `pending`, may be settled once more. Raises `ValueError` where there
-        are fewer pending blocks, or where `keep` is not within the block or lacks scores.
+        other tokens move to `target`. With `pending` instead, the whole blocks may be settled once more. Raises
+        `ValueError` where there are fewer pending blocks, or where `keep` is not within the block or lacks scores.
         """
         stage = Stage(*_width_pair(source, "source"), pending=True)
         goal = _width_pair(target, "target")
@@ -328,6 +336,8 @@ class PackedKVCache(Cache):
             )
         if not 0 <= keep <= self.block:
             raise ValueError(f"keep must lie between 0 and block ({self.block}), got {keep}")
+        if keep and pending:
+            raise ValueError("keep settles a block for good: it cannot be combined with pending")
         if keep and scores is None:
             raise ValueError(f"keep={keep} needs scores to choose by")
         if isinstance(scores, torch.Tensor):
@@ -368,7 +378,7 @@ class PackedKVCache(Cache):
         """1 for the first real tokens of each row, 0 for padding and for all later ones, `[B, tokens]`."""
         if self.visible is None:
             return torch.ones(self.layers[0].keys.shape[0], CENTRE_TOKENS, device=device)
-        visible = self.visible[:, : self.tail_length].to(device)
+        visible = self._real_tokens().to(device)
         return (visible & (visible.cumsum(-1) <= CENTRE_TOKENS)).float()
 
     def clear_stores(self) -> None:

@@ -49,7 +49,7 @@ class Bucket:
     fields: dict[str, torch.Tensor] = field(default_factory=dict)
     start: int = 0
     fill: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    blocks: list[tuple[int, int]] = field(default_factory=list)  # of a pending bucket: (first position, tokens)
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # of a pending bucket: (first position, slots)
     ragged: bool = False  # some slot in use is EMPTY: attention has to look
 
     @property
@@ -118,40 +118,36 @@ class Bucket:
 
     def pop_block(self) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """Take the oldest block out of a pending bucket; its space is reclaimed when half the buffer is free."""
-        first, tokens = self.blocks.pop(0)
-        content = {
-            name: value[:, :, :, self.start : self.start + tokens].clone() for name, value in self.fields.items()
-        }
-        self.start += tokens
+        first, slots = self.blocks.pop(0)
+        content = {name: value[:, :, :, self.start : self.start + slots].clone() for name, value in self.fields.items()}
+        self.start += slots
         if self.start > self.capacity // 2:
             live = self.live()
             self.fill, self.start = self.fill - self.start, 0
             capacity = max(self.end + MIN_GROWTH, self.capacity // 2) if self.end else MIN_GROWTH
             self._allocate(capacity, live)
-        return content, (first, tokens)
+        return content, (first, slots)
 
     def crop(self, length: int) -> None:
-        """Drop the tokens at positions `length` and later; the others keep their codes."""
-        if not self.slots:
-            return
+        """Drop the tokens at positions `length` and later; the others keep their codes and their slots.
+
+        Slots behind the last token that any layer or head still holds are given back; others become `EMPTY`.
+        """
         token = self.view("token")
         dropped = (self.positions() >= length) & (token != EMPTY)
         if not dropped.any():
             return
         token.masked_fill_(dropped, EMPTY)
-        # Heads may have lost different numbers of tokens of one block: move what is left of it to the front.
-        first = int((token == EMPTY).any(0).any(0).any(0).int().argmax())
-        order = (token[:, :, :, first:] == EMPTY).to(torch.uint8).argsort(dim=SLOT_DIM, stable=True)
-        for name, value in self.live().items():
-            if name == "block_start":
-                continue
-            area = value[:, :, :, first:]
-            index = order.view(*order.shape, *[1] * (area.ndim - 4)).expand_as(area)
-            area.copy_(area.gather(SLOT_DIM, index))
-        held = (token != EMPTY).any(0).any(1)  # [B, slots]
-        self.fill = self.start + held.sum(-1).cpu().numpy().astype(np.int64)
-        self.ragged = bool((self.view("token") == EMPTY).any()) if self.slots else False
-        self.blocks = [(at, min(tokens, length - at)) for at, tokens in self.blocks if at < length]
+        held = (token != EMPTY).any(0).any(1).cpu().numpy()  # [B, slots]
+        behind_last = held.shape[1] - held[:, ::-1].argmax(-1)
+        self.fill = self.start + np.where(held.any(-1), behind_last, 0)
+        self.ragged = bool((self.view("token") == EMPTY).any())
+        excess = sum(slots for _, slots in self.blocks) - self.slots
+        while self.blocks and excess > 0:
+            at, slots = self.blocks.pop()
+            if slots > excess:
+                self.blocks.append((at, slots - excess))
+            excess -= slots
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`."""
@@ -279,22 +275,26 @@ class PackedStore:
     ) -> None:
         """Re-quantize the oldest block of the pending bucket `source` to `target` (key bits, value bits).
 
-        With `keep`, each layer, row and head leaves the `keep` tokens of highest `scores` `[L, B, H, tokens]` at
-        the widths they have; those are then settled.
+        With `keep`, each layer, row and head leaves the `keep` tokens of highest `scores` `[L, B, H, slots]` at the
+        widths they have; all are then settled.
         """
-        content, (first, tokens) = self.buckets[source].pop_block()
+        content, (first, slots) = self.buckets[source].pop_block()
+        ragged = self.buckets[source].ragged
         rest = content
         if not pending:
             content.pop("received", None)
         if keep:
+            scores = scores.masked_fill(content["token"] == EMPTY, -torch.inf)
             order = scores.argsort(dim=-1, descending=True, stable=True)
             kept, rest = (
                 {name: _take(value, part) for name, value in content.items()}
                 for part in (order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values)
             )
             kept.pop("received", None)
-            self._bucket(Stage(source.key_bits, source.value_bits)).append(kept)
-            if keep == tokens:
+            bucket = self._bucket(Stage(source.key_bits, source.value_bits))
+            bucket.append(kept)
+            bucket.ragged |= ragged
+            if keep == slots:
                 return
         moved = {name: value for name, value in rest.items() if not name.startswith(("key", "value"))}
         for side, old, new in (
@@ -307,8 +307,9 @@ class PackedStore:
                 moved |= self.encode(self.decode(rest, side, old, slice(None)), side, new)
         bucket = self._bucket(Stage(*target, pending))
         bucket.append(moved)
+        bucket.ragged |= ragged
         if pending:
-            bucket.blocks.append((first, tokens))
+            bucket.blocks.append((first, slots))
 
     def _bucket(self, stage: Stage) -> Bucket:
         return self.buckets.setdefault(stage, Bucket(stage, self.reserved))

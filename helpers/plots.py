@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from helpers.files import atomic_path
+from helpers.packed_store import CENTRE_TOKENS
 from helpers.quantization import WIDTHS
 
 WIDTH_COLOURS = dict(zip(WIDTHS, ("#440154", "#31688e", "#35b779", "#fde725"), strict=True))
@@ -63,7 +64,8 @@ def correlation_heat_map(table: pd.DataFrame, columns: Sequence[str], title: str
 def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: str) -> Figure:
     """Time per token of steps that commit a block and of those that do not: violins cut at the data, and the points."""
     figure, axes = _frame(title, subtitle)
-    commits = (table["position"] + 1) % block == 0
+    read = table["position"] + 1
+    commits = (read % block == 0) & (read >= CENTRE_TOKENS)
     shown = table.assign(step=np.where(commits, "commits a block", "does not commit"))
     order = ["does not commit", "commits a block"]
     limit = table["latency"].quantile(0.995) * 1.1

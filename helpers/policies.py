@@ -4,9 +4,10 @@ A policy sees `TokenFeatures` and gives widths; it knows nothing of caches or te
 control is a member of the same family as the rules, so that every comparison can include it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from helpers.features import TokenFeatures
@@ -73,17 +74,27 @@ class RandomBits:
 
     shares: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.25)
     seed: int = 0
+    text: int = 0
     needs: tuple[str, ...] = ()
     name: str = "random"
-    _generator: torch.Generator = field(init=False, repr=False)
+    _draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self):
         if len(self.shares) != 4 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares must be four non-negative numbers that sum to 1, got {self.shares}")
-        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def for_text(self, text: int) -> "RandomBits":
+        """A copy whose draws belong to text number `text`, whatever was drawn before."""
+        return replace(self, text=text)
 
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor:
-        drawn = torch.multinomial(
-            torch.tensor(self.shares), batch * tokens, replacement=True, generator=self._generator
+        generator = np.random.default_rng((self.seed, self.text, self._draws))
+        self._draws += 1
+        return torch.from_numpy(
+            generator.choice(WIDTHS, size=(batch, tokens), p=np.divide(self.shares, sum(self.shares)))
         )
-        return torch.tensor(WIDTHS)[drawn].view(batch, tokens)
+
+
+def policy_for_text(policy: Policy, text: int) -> Policy:
+    """The policy as it is at the beginning of text number `text`: random ones then draw the same in every run."""
+    return policy.for_text(text) if hasattr(policy, "for_text") else policy

@@ -120,7 +120,6 @@ def batch_rows(tokens: np.ndarray, settings: TrainingSettings, step: int) -> np.
         order = np.random.default_rng((settings.seed, epoch))
         offset = int(order.integers(settings.context))
         start = int(order.permutation(rows_per_epoch)[position]) * settings.context + offset
-        start = min(start, len(tokens) - settings.context - 1)
         rows.append(tokens[start : start + settings.context + 1])
     return np.stack(rows)
 

@@ -21,7 +21,6 @@ from helpers.files import ROOT, atomic_path
 from helpers.models import DEFAULT_PRESET, get_preset
 
 NOTEBOOKS = ROOT / "notebooks"
-PUBLISHING = "PUBLISHING"  # set in the environment of a notebook that is being published: widgets are not built
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -63,7 +62,7 @@ def publish(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     # Progress bars are for those who watch; on paper they would stand still.
-    environment = {**os.environ, PUBLISHING: "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
     resources = {"metadata": {"path": path.parent}}
     client = NotebookClient(
         notebook, timeout=None, record_timing=False, resources=resources, extra_arguments=["--log-level=ERROR"]

@@ -58,6 +58,8 @@ def sample_sequences(model: PreTrainedModel, count: int, length: int, seed: int 
 
     The end of a text is just another token: what comes after it is the next text.
     """
+    if model.config.bos_token_id is None:
+        raise ValueError("the model has no beginning-of-text token (config.bos_token_id) to sample from")
     generator = torch.Generator(device=model.device).manual_seed(seed)
     parts = []
     for start in tqdm(range(0, count, batch), desc="sampling", leave=False):

@@ -1,8 +1,8 @@
 """Bits and bytes: how one vector of a key or value becomes packed codes with a scale and a zero, and back.
 
 Knows nothing of caches or tokens. Vectors lie along the last dimension; every leading dimension is a batch. Keys and
-values are centred and rotated before they come here (see `rotation_matrix`), which spreads outlier channels so that
-one scale per vector is enough (QuaRot, arXiv 2404.00456).
+values are rotated before they come here (see `rotation_matrix`), which spreads outlier channels so that one scale per
+vector is enough (QuaRot, arXiv 2404.00456).
 """
 
 import math

@@ -11,7 +11,7 @@ from conftest import random_ids, tiny_model
 from helpers import collection
 from helpers.collection import COLUMNS, SEED_COLUMNS, check_training_data, collect, read_training_data, summarise
 from helpers.features import TokenCounts, attention_variance, confidence, entropy
-from helpers.policies import EntropyRule, FixedBits
+from helpers.policies import EntropyRule, FixedBits, RandomBits
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
 TIMES = ["latency"]
@@ -118,6 +118,22 @@ def test_a_partial_file_of_other_settings_is_not_mixed_in(model, texts, tmp_path
 def test_the_same_run_twice_gives_the_same_table(model, texts, tmp_path):
     tables = [collect(model, texts, tmp_path / f"{i}.csv", RULE, block=8) for i in range(2)]
     pd.testing.assert_frame_equal(tables[0].drop(columns=TIMES), tables[1].drop(columns=TIMES))
+
+
+def test_random_widths_survive_an_interruption(model, texts, tmp_path, monkeypatch):
+    policy = RandomBits(seed=3)
+    whole = collect(model, texts, tmp_path / "whole.csv", policy, block=8)
+    real = collection.collect_text
+    monkeypatch.setattr(
+        collection, "collect_text", lambda *a: (_ for _ in ()).throw(Interrupted) if a[3] == 2 else real(*a)
+    )
+    with pytest.raises(Interrupted):
+        collect(model, texts, tmp_path / "t.csv", policy, block=8)
+    monkeypatch.setattr(collection, "collect_text", real)
+    resumed = collect(model, texts, tmp_path / "t.csv", policy, block=8)
+    assert resumed.kv_bits.tolist() == whole.kv_bits.tolist()
+    first, second = (whole[whole.text_id == i].kv_bits.tolist()[:20] for i in (0, 1))
+    assert first != second
 
 
 def test_texts_that_predict_nothing_are_refused(model, tmp_path):

@@ -209,6 +209,52 @@ def test_packed_attention_serves_other_caches_too(family):
     assert torch.equal(packed(**batch, use_cache=False).logits, plain(**batch, use_cache=False).logits)
 
 
+def test_the_driver_refuses_assisted_generation():
+    model, assistant = tiny_model("llama"), tiny_model("llama", seed=1)
+    for policy in POLICIES.values():
+        cache = PackedKVCache(model.config, block=8)
+        driver = PolicyDriver(model, cache, policy())
+        inputs = driver.prefill(left_padded([40]))
+        with pytest.raises(ValueError, match="cannot follow assisted generation"):
+            model.generate(
+                **inputs, past_key_values=cache, logits_processor=[driver], max_new_tokens=9, assistant_model=assistant
+            )
+
+
+def test_looking_at_widths_does_not_change_them():
+    model = tiny_model("llama")
+    for make in POLICIES.values():
+        seen = []
+        for look in (False, True):
+            cache = PackedKVCache(model.config, block=8)
+            driver = PolicyDriver(model, cache, make())
+            for _ in score_blocks(model, random_ids(1, 45), cache, driver, block=8):
+                if look and driver.token_ids is not None:
+                    assert torch.equal(driver.widths_so_far(), driver.widths_so_far())
+            seen.append(driver.widths_so_far())
+        assert torch.equal(*seen)
+
+
+def test_a_padded_batch_is_committed_without_packed_attention_too():
+    model = tiny_model("llama", packed=False)
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, EntropyRule((3.9, 4.1, 4.25)))
+    batch = left_padded([14, 9])
+    model.generate(
+        **driver.prefill(batch), past_key_values=cache, logits_processor=[driver], max_new_tokens=30, do_sample=False
+    )
+    assert cache.committed == 40
+
+
+def test_features_of_padding_are_numbers():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    driver = PolicyDriver(model, cache, FixedBits(4), extra=("attn_var", "entropy"))
+    driver.prefill(left_padded([30, 12]))
+    assert driver.latest.attn_var.isfinite().all()
+    assert driver.latest.entropy.isfinite().all()
+
+
 def test_assisted_generation_crops_the_packed_cache():
     model, assistant = tiny_model("llama"), tiny_model("llama", seed=1)
     batch = left_padded([40])

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from helpers.generation import score_blocks
 from helpers.kv_cache import PACKED_ATTENTION, PackedKVCache
-from helpers.packed_store import EMPTY
+from helpers.packed_store import EMPTY, Stage
 
 WIDTH_CHOICES = [16, 8, 4, 2, (8, 4)]
 BATCHES = {"one": [40], "left-padded": [40, 25, 31]}
@@ -365,6 +365,7 @@ def test_received_attention_is_that_of_later_tokens():
         (lambda c: c.settle(4, 2, blocks=9), "pending blocks at 4 bits"),
         (lambda c: c.settle(4, 3), "target must be one of"),
         (lambda c: c.settle(4, 2, keep=2), "keep=2 needs scores"),
+        (lambda c: c.settle(4, 2, keep=2, scores=torch.zeros(2, 1, 2, 8), pending=True), "cannot be combined"),
         (lambda c: c.settle(4, 2, keep=9), "keep must lie between 0 and block"),
     ],
 )
@@ -462,6 +463,52 @@ def test_crop_after_heads_chose_their_own_tokens():
         twin.config._attn_implementation = "sdpa"
         assert torch.allclose(packed, feed(model, twin, random_ids(2, 3, 9)), atol=1e-5)
         model.set_attn_implementation("packed_kv")
+
+
+def check_crop(model, cache, removed, rows=2):
+    """After a crop the rest is stored as before, and packed attention still equals dense attention."""
+    left = cache.get_seq_length() - removed
+    before = stored(cache, below=left)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == left
+    assert stored(cache, below=left) == before == stored(cache, below=10**6)
+    one, other = copy.deepcopy(cache), copy.deepcopy(cache)
+    one.config = model.config
+    packed = feed(model, one, random_ids(rows, 3, 9))
+    model.set_attn_implementation("sdpa")
+    other.config._attn_implementation = "sdpa"
+    assert torch.allclose(packed, feed(model, other, random_ids(rows, 3, 9)), atol=1e-5)
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+@pytest.mark.parametrize("removed", [3, 12, 20, 27])
+def test_crop_of_a_bucket_that_is_not_in_text_order(removed):
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    feed(model, cache, random_ids(2, 36))
+    cache.commit(8, 16, pending=True)
+    cache.commit(4, 16)
+    cache.settle(8, 4, blocks=2)  # older tokens now lie behind newer ones
+    check_crop(model, cache, removed)
+
+
+def test_crops_between_commits_and_settles():
+    model = tiny_model("llama")
+    cache = PackedKVCache(model.config, block=8)
+    generator = torch.Generator().manual_seed(4)
+    feed(model, cache, random_ids(2, 40))
+    for step, removed in enumerate((11, 3, 14, 6, 9)):
+        while cache.committable:
+            cache.commit(8, 8, pending=True)
+        while (waiting := cache.pending_blocks(8)) > 1:
+            slots = cache.stores[0].buckets[Stage(8, 8, True)].blocks[0][1]
+            cache.settle(8, 2, keep=3, scores=torch.rand(2, 2, 2, slots, generator=generator))
+            assert cache.pending_blocks(8) == waiting - 1
+        check_crop(model, cache, removed)
+        feed(model, cache, random_ids(2, 17, seed=step))
+        buckets = [bucket for store in cache.stores for bucket in store.buckets.values()]
+        held = sum(int((bucket.view("token") != EMPTY).sum()) for bucket in buckets)
+        assert held == cache.committed * 2 * 2 * 2  # layers, rows, heads
 
 
 def test_crop_takes_a_count_to_remove():

@@ -48,6 +48,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_paths_in_results_do_not_name_this_machine(tmp_path):
     assert relative_to_root(ROOT / "data" / "x.csv") == "data/x.csv"
     assert relative_to_root(tmp_path / "models" / "m") == "models/m"
+    assert relative_to_root("HuggingFaceTB/SmolLM-360M") == "HuggingFaceTB/SmolLM-360M"
     assert {"device", "torch", "date", "extra"} <= provenance(extra=1).keys()
     assert "date" not in environment_table(preset="embedded").index
 
@@ -122,7 +123,7 @@ def write_notebook(path, *sources):
 
 
 def test_publishing_runs_and_tidies(tmp_path):
-    source = "import sys, os\nprint('a'); print('b')\nprint('noise', file=sys.stderr)\nos.environ['PUBLISHING']"
+    source = "import sys, os\nprint('a'); print('b')\nprint('noise', file=sys.stderr)\nos.environ['TQDM_DISABLE']"
     path = write_notebook(tmp_path / "01_x.ipynb", source)
     publish.publish(path)
     first = path.read_bytes()

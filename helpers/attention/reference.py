@@ -125,6 +125,7 @@ def row_variance(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
     Keys that a query may not see have weight 0 and are not counted.
     """
+    seen = seen.clamp(min=1).to(weights.dtype)  # padding sees nothing
     return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0)
 
 
