@@ -72,7 +72,7 @@ def card(options: argparse.Namespace) -> None:
         log = pd.read_csv(folder / name / "training_log.csv")
         settings = pd.read_json(folder / name / "training.json", typ="series")["settings"]
         logs[name] = log.assign(tokens=log["step"] * settings["batch"] * settings["context"])
-    figure = plots.training_curves(logs, "Both models still learn at the end", "loss over steps of 50 batches")
+    figure = plots.training_curves(logs, "The large model pulls ahead and stays there", "mean loss of 50 steps each")
     plots.save_figure(figure, preset.figures_dir, "00_training_curves")
     measured = measure_pair(folder, load_multiple_choice(preset.multiple_choice), options.holdout_text)
     write_card(folder, measured)

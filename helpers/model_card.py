@@ -58,13 +58,16 @@ def measure_pair(folder: Path, items: list[MultipleChoice], holdout_text: str | 
     """Everything on the card that can be measured: accuracy, time, samples and, given the text, bits per byte."""
     loaded = {name: load_model(folder / name, quiet=True) for name in PAIR}
     result: dict[str, object] = {}
+    all_scores = {}
     for name, (model, tokenizer) in loaded.items():
-        scores = score_items(model, tokenizer, items)
+        scores = all_scores[name] = score_items(model, tokenizer, items)
         entry = {measure: bootstrap_mean(scores[measure]) for measure in scores}
         if holdout_text:
             _, held_out = split_holdout(read_stories(holdout_text))
             entry["bits_per_byte"] = bits_per_byte(model, tokenizer, held_out)
         result[name] = entry
+    advantage = all_scores["large"] - all_scores["small"]
+    result["large_minus_small"] = {measure: bootstrap_mean(advantage[measure]) for measure in advantage}
     times = time_per_token([loaded[name][0] for name in PAIR])
     result["ms_per_token"] = dict(zip(PAIR, times, strict=True))
     result["time_ratio"] = times[1] / times[0]
@@ -101,9 +104,13 @@ def write_card(folder: Path, measured: dict[str, object]) -> None:
     shown = (" ".join(text.split()) for text in measured["samples"])
     samples = "\n\n".join(f"**Seed {seed}.** {text}" for seed, text in zip(SAMPLE_SEEDS, shown, strict=True))
     large = told["large"]
+    gain = {
+        m: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in v)) for m, v in measured["large_minus_small"].items()
+    }
     content = CARD.format(
         table="\n".join(lines),
         samples=samples,
+        gain=gain,
         device=large["device"],
         threads=large["threads"],
         train_tokens=f"{large['train_tokens'] / 1e6:.2f} million",
@@ -132,8 +139,9 @@ KV-cache notebooks; `small` writes where a large model is only asked when needed
 TinyStories, the rest are the first nine tenths of a 2 MB sample of TinyStories itself (Eldan and Li, arXiv
 2305.07759). Held out: the last tenth of that sample, {holdout} stories. No text of either is in this repository.
 
-**Training.** On {device}, {threads} threads: rows of 512 tokens, Muon for the hidden matrices, AdamW for the rest,
-warm-up and cosine decay; all settings and versions are in `*/training.json`, the loss in `*/training_log.csv`.
+**Training.** On {device}, {threads} threads, beside other work (so the times are upper bounds): rows of 512 tokens,
+Muon for the hidden matrices, AdamW for the rest, warm-up and cosine decay; all settings and versions are in
+`*/training.json`, the loss in `*/training_log.csv`.
 
 ```bash
 python -m helpers.pretrain --text SAMPLED.txt.gz --holdout-text TINYSTORIES.txt --out data/models/large
@@ -146,8 +154,10 @@ Without files, `python -m helpers.pretrain --out DIR` trains on roneneldan/TinyS
 **Evaluation.** `python main.py card [--holdout-text TINYSTORIES.txt]` measures again and rewrites this card. Bits per
 byte: negative log2-likelihood over bytes, each held-out story read from its beginning. Multiple choice: the {items}
 stories in `data/samples/`, four endings each (chance is 25%), 95% bootstrap intervals over stories; by the sum of
-an ending's log-probabilities, and by that sum over its bytes. The small model's time per token is {ratio} of the
-large one's (one process, taking turns, two CPU cores).
+an ending's log-probabilities, and by that sum over its bytes. Large minus small, paired over the same stories, in
+points: {gain[acc]} by the sum, {gain[acc_norm]} per byte. The wrong endings are natural last sentences of other
+stories with the same characters. The small model's time per token is {ratio} of the large one's (one process, taking
+turns).
 
 **Limits.** A vocabulary of four-year-olds, 512 tokens of context, no chat, no facts, no other language. Names and
 objects drift within a story. Not for any use beyond showing how generation can be made cheaper.

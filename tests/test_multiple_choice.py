@@ -74,13 +74,14 @@ def test_real_endings_are_told_from_wrong_ones(shared):
     assert scores.acc.mean() > 0.33
 
 
-def test_the_embedded_model_loads_offline_and_writes(monkeypatch):
+@pytest.mark.parametrize("name", ["large", "small"])
+def test_the_embedded_models_load_offline_and_write(monkeypatch, name):
     import time
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     started = time.perf_counter()
-    model, tokenizer = load_model(ROOT / "data/models/large", device="cpu", quiet=True)
+    model, tokenizer = load_model(ROOT / "data/models" / name, device="cpu", quiet=True)
     assert time.perf_counter() - started < 5
     ids = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
     out = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False)

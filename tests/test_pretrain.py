@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import pretrain
 from helpers.corpora import STORY_SEPARATOR
+from helpers.files import ROOT
 from helpers.pretrain import TrainingSettings, batch_rows, bits_per_byte, encode_stories, train, train_tokenizer
 
 TOY = TrainingSettings(
@@ -127,3 +131,29 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     pretrain.main([*common, "--out", str(tmp_path / "b"), "--tokenizer", str(tmp_path / "a"), "--seed", "5"])
     a, b = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in "ab")
     assert a["model"]["vocab"] == b["model"]["vocab"]
+
+
+def test_two_processes_train_one_model(tokenizer, tmp_path):
+    """Each process takes half of every batch; the weights come out as from one process, up to rounding."""
+    text = tmp_path / "t.txt"
+    text.write_text(f"\n{STORY_SEPARATOR}\n".join(STORIES))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = (
+        "import sys; from helpers import pretrain; from helpers.pretrain import TrainingSettings;"
+        f"pretrain.SIZES['small'] = pretrain.{TOY!r}; pretrain.main(sys.argv[1:])"
+    )
+    (tmp_path / "run.py").write_text(script)
+    results = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        launch.append(str(tmp_path / "run.py"))
+        options = ["--text", str(text), "--size", "small", "--steps", "12", "--out", str(out)]
+        command = [*launch, *options, "--tokenizer", str(tmp_path / "tokenizer")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append((json.loads((out / "training.json").read_text()), load_file(out / "model.safetensors")))
+    assert [told["processes"] for told, _ in results] == [1, 2]
+    for name, weights in results[0][1].items():
+        assert torch.allclose(weights.float(), results[1][1][name].float(), atol=0.02), name
