@@ -281,3 +281,16 @@ def test_articles_in_official_format(tmp_path):
     assert [(a.article, a.highlights) for a in read_articles(path)] == [("A.", "B.")]
     with pytest.raises(ValueError, match=r"line 1: missing field\(s\) \['highlights'\]; expected article, highlights"):
         read_articles(write_lines(path, {"article": "A."}))
+
+
+def test_a_data_set_folder_loads_through_the_hub_code(tmp_path, monkeypatch):
+    """What `Rowan/hellaswag` goes through: a child process fetches the split, then it is read from the cache."""
+    folder = tmp_path / "hellaswag"
+    folder.mkdir()
+    write_lines(folder / "validation.jsonl", *(ITEM | {"ind": i, "ctx": f"Dog {i} runs."} for i in range(5)))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    items = load_multiple_choice(str(folder))
+    assert [item.context for item in items] == [f"Dog {i} runs." for i in range(5)]
+    write_lines(folder / "train.jsonl", *({"text": f"Story {i}."} for i in range(3)))
+    (folder / "validation.jsonl").unlink()
+    assert load_stories(str(folder)) == ["Story 0.", "Story 1.", "Story 2."]
