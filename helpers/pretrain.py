@@ -285,11 +285,36 @@ def train(
         bare.to(torch.float16).save_pretrained(out)
         tokenizer.save_pretrained(out)
         write_json(out / "training.json", result)
+        write_card(out, result)
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
     accelerator.wait_for_everyone()
     return result
+
+
+def write_card(out: Path, result: dict) -> None:
+    """Write the model card `out/README.md` from the content of `training.json`."""
+    s = result["settings"]
+    rows = {
+        "architecture": f"Llama, {s['layers']} layers of {s['hidden']}, {s['heads']} query / {s['kv_heads']} key-value "
+        f"heads of {s['head_dim']}, tied embeddings, byte-level BPE",
+        "parameters": f"{result['parameters']:,}",
+        "context": f"{s['context']} tokens",
+        "training text": f"{result['train_tokens']:,} tokens of English stories",
+        "training": f"{s['steps']:,} steps of {s['batch']} rows, {result['tokens_seen']:,} tokens seen, "
+        f"seed {s['seed']}; Muon {s['muon_lr']} and AdamW {s['adamw_lr']}, warm-up {s['warmup']} steps, cosine decay to 0",
+        "held-out bits per byte": f"{result['holdout_bits_per_byte']} ({result['holdout_stories']} stories)",
+        "hardware and time": f"{result['device']}, {result['processes']} process(es) of {result['threads']} threads, "
+        f"{result['seconds'] / 60:.0f} min",
+        "versions": f"torch {result['torch']}, transformers {result['transformers']}",
+        "limits": "simple stories only: no chat, no facts, no other language; objects and names drift",
+        "licence": "that of the project, and of the text it was trained on",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    with atomic_path(out / "README.md") as temporary:
+        title = "# A story model trained by `helpers.pretrain`\n\nLoss over the run: `training_log.csv`.\n\n"
+        temporary.write_text(f"{title}| | |\n|---|---|\n{table}\n", encoding="utf-8")
 
 
 def _read_log(path: Path) -> list[dict[str, str]]:
