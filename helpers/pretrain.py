@@ -303,7 +303,8 @@ def write_card(out: Path, result: dict) -> None:
         "context": f"{s['context']} tokens",
         "training text": f"{result['train_tokens']:,} tokens of English stories",
         "training": f"{s['steps']:,} steps of {s['batch']} rows, {result['tokens_seen']:,} tokens seen, "
-        f"seed {s['seed']}; Muon {s['muon_lr']} and AdamW {s['adamw_lr']}, warm-up {s['warmup']} steps, cosine decay to 0",
+        f"seed {s['seed']}; Muon {s['muon_lr']} and AdamW {s['adamw_lr']}, warm-up {s['warmup']} steps, "
+        "cosine decay to 0",
         "held-out bits per byte": f"{result['holdout_bits_per_byte']} ({result['holdout_stories']} stories)",
         "hardware and time": f"{result['device']}, {result['processes']} process(es) of {result['threads']} threads, "
         f"{result['seconds'] / 60:.0f} min",
