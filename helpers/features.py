@@ -35,10 +35,19 @@ def attention_variance(weights: torch.Tensor) -> torch.Tensor:
     `[..., queries]`. A query that sees `n` keys has `sum p^2 / n - 1 / n^2`: 0 for even attention, at most
     `(n - 1) / n^2` for attention to one key. The features use the last layer's.
     """
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     queries, keys = weights.shape[-2:]
-    seen = torch.arange(keys - queries + 1, keys + 1, device=weights.device, dtype=weights.dtype)
-    return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0).mean(dim=-2)
+    seen = torch.arange(keys - queries + 1, keys + 1, device=weights.device)
+    return row_variance(weights, seen).mean(dim=-2)
+
+
+def row_variance(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Population variance of attention rows `[..., Q, keys]` over the `seen` `[..., Q]` keys that each may see.
+
+    Keys that a query may not see have weight 0 and are not counted; a row that sees none (padding) has variance 0.
+    """
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    seen = seen.clamp(min=1).to(weights.dtype)
+    return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0)
 
 
 def received_attention(weights: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ read in the order in which they lie: softmax does not depend on it.
 
 import torch
 
+from helpers.features import row_variance
 from helpers.kv_cache import PackedStates
 from helpers.packed_store import EMPTY, Bucket
 from helpers.quantization import FULL_WIDTH, dequantize
@@ -118,15 +119,6 @@ def _future(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """True where a key is newer than its query; the queries are the newest of the keys."""
     query_at = torch.arange(keys - queries, keys, device=device)
     return torch.arange(keys, device=device) > query_at[:, None]
-
-
-def row_variance(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Population variance of attention rows `[..., Q, keys]` over the `seen` `[..., Q]` keys: `sum p^2 / n - 1 / n^2`.
-
-    Keys that a query may not see have weight 0 and are not counted.
-    """
-    seen = seen.clamp(min=1).to(weights.dtype)  # padding sees nothing
-    return (weights.square().sum(-1) / seen - 1 / seen.square()).clamp(min=0)
 
 
 def attention_variance(
