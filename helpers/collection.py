@@ -79,12 +79,9 @@ def collect(
     rarities = [counts.rarity(ids) for ids in texts]
     partial = path.with_name(f".{path.stem}.partial.csv")
     done = _resume(partial, texts, _fingerprint(model, texts, policy, block))
-    progress = tqdm(range(len(texts)), initial=0, desc="texts", leave=False)
-    if len(done) < len(texts):
+    if done < len(texts):
         _warm_up(model, texts[0], policy, block)
-    for text_id in progress:
-        if text_id in done:
-            continue
+    for text_id in tqdm(range(done, len(texts)), initial=done, total=len(texts), desc="texts", leave=False):
         table = collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
         with partial.open("a", newline="", encoding="utf-8") as file:
             table.round(6).to_csv(file, header=False, index=False)
@@ -117,23 +114,23 @@ def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> set[int]:
-    """Ids of the texts that the partial file holds completely; it is cut to these, or begun anew."""
+def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> int:
+    """How many texts, from the first on, the partial file holds completely; it is cut to these, or begun anew."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     header = f"# {fingerprint}\n"
     kept: list[str] = []
-    done: set[int] = set()
+    done = 0
     if partial.is_file():
         lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and lines[0] == header:
             at = 1
-            for text_id, ids in enumerate(texts):
+            for ids in texts:
                 rows = lines[at : at + len(ids) - 1]
                 whole = len(rows) == len(ids) - 1 and rows[-1].endswith("\n")
                 if not whole or any(row.count(",") != len(COLUMNS) - 1 for row in rows):
                     break
                 kept, at = kept + rows, at + len(rows)
-                done.add(text_id)
+                done += 1
     with atomic_path(partial) as temporary:
         temporary.write_text(header + "".join(kept), encoding="utf-8")
     return done

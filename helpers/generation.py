@@ -143,7 +143,7 @@ class PolicyDriver(LogitsProcessor):
             self._commit_ready()
             return scores
         known = self.token_ids.shape[1] if self.token_ids is not None else 0
-        if known >= held:  # generate() took tokens back, as assisted generation does
+        if known >= held:  # an earlier generate() read one token more than it kept, and took it back
             known = held - 1
             self.token_ids, self.features = self.token_ids[:, :known], self.features.slice(0, known)
         if held - known > 1:

@@ -230,7 +230,7 @@ class PackedKVCache(Cache):
         return self.config._attn_implementation == PACKED_ATTENTION
 
     def states(self, layer_idx: int) -> PackedStates:
-        store, layer = self.store_of.get(layer_idx, (None, 0)) if self.committed else (None, 0)
+        store, layer = self.store_of.get(layer_idx, (None, 0))
         return PackedStates(self, store, layer, layer_idx, *self.layers[layer_idx].tail())
 
     def dense(self, states: PackedStates) -> tuple[torch.Tensor, torch.Tensor]:

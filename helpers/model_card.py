@@ -57,13 +57,13 @@ def sample_stories(model, tokenizer) -> list[str]:
 def measure_pair(folder: Path, items: list[MultipleChoice], holdout_text: str | None) -> dict[str, object]:
     """Everything on the card that can be measured: accuracy, time, samples and, given the text, bits per byte."""
     loaded = {name: load_model(folder / name, quiet=True) for name in PAIR}
+    held_out = split_holdout(read_stories(holdout_text))[1] if holdout_text else []
     result: dict[str, object] = {}
     all_scores = {}
     for name, (model, tokenizer) in loaded.items():
         scores = all_scores[name] = score_items(model, tokenizer, items)
         entry = {measure: bootstrap_mean(scores[measure]) for measure in scores}
-        if holdout_text:
-            _, held_out = split_holdout(read_stories(holdout_text))
+        if held_out:
             entry["bits_per_byte"] = bits_per_byte(model, tokenizer, held_out)
         result[name] = entry
     advantage = all_scores["large"] - all_scores["small"]

@@ -33,6 +33,10 @@ class Stage:
     value_bits: int
     pending: bool = False
 
+    def bits(self, side: str) -> int:
+        """Width of the "key" or of the "value" side."""
+        return self.key_bits if side == "key" else self.value_bits
+
 
 @dataclass
 class Bucket:
@@ -72,31 +76,37 @@ class Bucket:
         """Every field, slots in use only."""
         return {name: self.view(name) for name in self.fields}
 
+    def side(self, side: str, layer: int | slice = slice(None)) -> dict[str, torch.Tensor]:
+        """Codes and scales of the "key" or of the "value" side, slots in use only."""
+        return {name: self.view(name, layer) for name in self.fields if name.startswith(side)}
+
     def positions(self, layer: int | slice = slice(None)) -> torch.Tensor:
         """Position of each slot's token, int64 `[(L,) B, H, slots]`; meaningless where `token` is `EMPTY`."""
         return self.view("block_start", 0 if isinstance(layer, int) else slice(None)) + self.view("token", layer).long()
 
     def reserve(self, slots: int, example: dict[str, torch.Tensor]) -> None:
         """Make room for `slots` more slots after `end`; `example` gives each field's shape and dtype."""
-        needed = self.end + slots
-        if needed <= self.capacity:
+        if self.end + slots <= self.capacity:
             return
-        live = self.live()
-        self.fill = self.fill - self.start
-        needed, self.start = needed - self.start, 0
-        capacity = max(needed, self.reserved, self.capacity + max(self.capacity // 8, MIN_GROWTH))
-        self._allocate(capacity, live or {name: value[:, :, :, :0] for name, value in example.items()})
+        grown = self.capacity + max(self.capacity // 8, MIN_GROWTH)
+        empty = {name: value[:, :, :, :0] for name, value in example.items()}
+        self._rebuild(max(self.slots + slots, self.reserved, grown), self.live() or empty)
 
-    def _allocate(self, capacity: int, content: dict[str, torch.Tensor]) -> None:
-        for name, value in content.items():
+    def _rebuild(self, capacity: int, live: dict[str, torch.Tensor]) -> None:
+        """Move the slots in use to the front of new buffers of `capacity` slots."""
+        self.fill, self.start = self.fill - self.start, 0
+        for name, value in live.items():
             shape = list(value.shape)
             used, shape[SLOT_DIM] = shape[SLOT_DIM], capacity
             buffer = value.new_full(shape, EMPTY) if name == "token" else value.new_zeros(shape)
             buffer[:, :, :, :used] = value
             self.fields[name] = buffer
 
-    def append(self, content: dict[str, torch.Tensor], counts: np.ndarray | None = None) -> None:
-        """Add slots `[L, B, H, n, ...]` at the back; with `counts`, only the first `counts[row]` of each row."""
+    def append(self, content: dict[str, torch.Tensor], counts: np.ndarray | None = None, ragged: bool = False) -> None:
+        """Add slots `[L, B, H, n, ...]` at the back; with `counts`, only the first `counts[row]` of each row.
+
+        `ragged` says that some of the slots may be `EMPTY`.
+        """
         n = content["token"].shape[SLOT_DIM]
         rows = content["token"].shape[1]
         if not self.fill.size:
@@ -114,7 +124,7 @@ class Bucket:
                 index = slot.view(1, rows, 1, n, *[1] * (value.ndim - 4)).expand_as(value)
                 self.fields[name].scatter_(SLOT_DIM, index, value)
         self.fill = at + (n if counts is None else counts)
-        self.ragged = self.ragged or not (self.fill == self.fill[0]).all()
+        self.ragged = self.ragged or ragged or not (self.fill == self.fill[0]).all()
 
     def pop_block(self) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """Take the oldest block out of a pending bucket; its space is reclaimed when half the buffer is free."""
@@ -122,10 +132,8 @@ class Bucket:
         content = {name: value[:, :, :, self.start : self.start + slots].clone() for name, value in self.fields.items()}
         self.start += slots
         if self.start > self.capacity // 2:
-            live = self.live()
-            self.fill, self.start = self.fill - self.start, 0
-            capacity = max(self.end + MIN_GROWTH, self.capacity // 2) if self.end else MIN_GROWTH
-            self._allocate(capacity, live)
+            capacity = max(self.slots + MIN_GROWTH, self.capacity // 2) if self.slots else MIN_GROWTH
+            self._rebuild(capacity, self.live())
         return content, (first, slots)
 
     def crop(self, length: int) -> None:
@@ -182,12 +190,12 @@ class PackedStore:
         self.dtype = torch.promote_types(key.dtype, torch.float32)
         self.full_dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
         self.buckets: dict[Stage, Bucket] = {}
-        self.transforms = {"key": key.shape[-1], "value": value.shape[-1]}
         self.rotation: dict[str, torch.Tensor] = {}
         self.centre: torch.Tensor | None = None
         if quantizer == "rotated":
-            matrices = {dim: rotation_matrix(dim).to(key.device, self.dtype) for dim in self.transforms.values()}
-            self.rotation = {side: matrices[dim] for side, dim in self.transforms.items()}
+            dims = {"key": key.shape[-1], "value": value.shape[-1]}
+            matrices = {dim: rotation_matrix(dim).to(key.device, self.dtype) for dim in dims.values()}
+            self.rotation = {side: matrices[dim] for side, dim in dims.items()}
 
     def set_centre(self, keys: torch.Tensor, weights: torch.Tensor) -> None:
         """Fix the centring vectors `[L, B, H, D]`, a share of the weighted mean of `keys` `[L, B, H, n, D]`.
@@ -211,12 +219,18 @@ class PackedStore:
         codes, scales = quantize(x, bits, search=self.quantizer == "rotated")
         return {f"{side}_codes": codes, f"{side}_scales": scales}
 
-    def decode(self, content: dict[str, torch.Tensor], side: str, bits: int, layer: int | slice) -> torch.Tensor:
-        """Inverse of `encode` up to its error, for the fields of one layer or of all: `[(L,) B, H, n, D]`."""
+    def read(self, content: dict[str, torch.Tensor], side: str, bits: int) -> torch.Tensor:
+        """The numbers that are stored: at 16 bits the states themselves, below that their centred, rotated form."""
         codes = content[f"{side}_codes"]
         if bits == FULL_WIDTH:
             return codes.contiguous().view(self.full_dtype).to(self.dtype)
-        x = dequantize(codes, content[f"{side}_scales"], bits, self.dtype)
+        return dequantize(codes, content[f"{side}_scales"], bits, self.dtype)
+
+    def decode(self, content: dict[str, torch.Tensor], side: str, bits: int, layer: int | slice) -> torch.Tensor:
+        """Inverse of `encode` up to its error, for the fields of one layer or of all: `[(L,) B, H, n, D]`."""
+        x = self.read(content, side, bits)
+        if bits == FULL_WIDTH:
+            return x
         if self.rotation:
             x = x @ self.rotation[side].T
         if side == "key" and self.centre is not None:
@@ -291,23 +305,18 @@ class PackedStore:
                 for part in (order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values)
             )
             kept.pop("received", None)
-            bucket = self._bucket(Stage(source.key_bits, source.value_bits))
-            bucket.append(kept)
-            bucket.ragged |= ragged
+            self._bucket(Stage(source.key_bits, source.value_bits)).append(kept, ragged=ragged)
             if keep == slots:
                 return
         moved = {name: value for name, value in rest.items() if not name.startswith(("key", "value"))}
-        for side, old, new in (
-            ("key", source.key_bits, target[0]),
-            ("value", source.value_bits, target[1]),
-        ):
+        for side, new in zip(("key", "value"), target, strict=True):
+            old = source.bits(side)
             if old == new:
                 moved |= {name: value for name, value in rest.items() if name.startswith(side)}
             else:
                 moved |= self.encode(self.decode(rest, side, old, slice(None)), side, new)
         bucket = self._bucket(Stage(*target, pending))
-        bucket.append(moved)
-        bucket.ragged |= ragged
+        bucket.append(moved, ragged=ragged)
         if pending:
             bucket.blocks.append((first, slots))
 
@@ -320,8 +329,7 @@ class PackedStore:
         for stage, bucket in self.buckets.items():
             if not bucket.slots:
                 continue
-            content = {name: bucket.view(name, layer) for name in bucket.fields if name.startswith(side)}
-            x = self.decode(content, side, stage.key_bits if side == "key" else stage.value_bits, layer)
+            x = self.decode(bucket.side(side, layer), side, stage.bits(side), layer)
             if result is None:
                 # One row more than needed takes what empty slots hold.
                 result = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])

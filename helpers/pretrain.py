@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -286,9 +287,7 @@ def train(
         tokenizer.save_pretrained(out)
         write_json(out / "training.json", result)
         write_card(out, result)
-        for file in checkpoint.iterdir():
-            file.unlink()
-        checkpoint.rmdir()
+        shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
     return result
 

@@ -43,10 +43,8 @@ def packed_attention_forward(
     """
     if not isinstance(key, PackedStates):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if kwargs.get("sliding_window") is not None:
-        refused.append("sliding_window")
-    if refused:
+    unsupported = ("softcap", "s_aux", "position_bias", "sliding_window")
+    if refused := [name for name in unsupported if kwargs.get(name) is not None]:
         raise ValueError(f"packed attention does not support {', '.join(refused)}, which {type(module).__name__} uses")
     states, cache = key, key.cache
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -10,7 +10,7 @@ import torch
 from helpers.features import row_variance
 from helpers.kv_cache import PackedStates
 from helpers.packed_store import EMPTY, Bucket
-from helpers.quantization import FULL_WIDTH, dequantize
+from helpers.quantization import FULL_WIDTH
 
 
 def packed_attention(
@@ -68,11 +68,9 @@ def packed_attention(
 
 def _bucket_scores(bucket: Bucket, layer: int, store, q, q_rotated, q_centre) -> torch.Tensor:
     """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of one bucket."""
-    bits, codes = bucket.stage.key_bits, bucket.view("key_codes", layer)
-    if bits == FULL_WIDTH:
-        return q @ codes.contiguous().view(store.full_dtype).to(store.dtype)[:, :, None].mT
-    keys = dequantize(codes, bucket.view("key_scales", layer), bits, store.dtype)[:, :, None]
-    if q_rotated is None:
+    bits = bucket.stage.key_bits
+    keys = store.read(bucket.side("key", layer), "key", bits)[:, :, None]
+    if bits == FULL_WIDTH or q_rotated is None:
         return q @ keys.mT
     return q_rotated @ keys.mT + q_centre
 
@@ -84,15 +82,12 @@ def _weighted_values(weights: torch.Tensor, states: PackedStates, layer: int) ->
     for bucket in states.buckets:
         part = weights[..., at : at + bucket.slots]
         at += bucket.slots
-        bits, codes = bucket.stage.value_bits, bucket.view("value_codes", layer)
-        if bits == FULL_WIDTH:
-            plain = plain + part @ codes.contiguous().view(store.full_dtype).to(store.dtype)[:, :, None]
+        bits = bucket.stage.value_bits
+        weighted = part @ store.read(bucket.side("value", layer), "value", bits)[:, :, None]
+        if bits == FULL_WIDTH or not store.rotation:
+            plain = plain + weighted
         else:
-            values = dequantize(codes, bucket.view("value_scales", layer), bits, store.dtype)[:, :, None]
-            if store.rotation:
-                rotated = rotated + part @ values
-            else:
-                plain = plain + part @ values
+            rotated = rotated + weighted
         if "received" in bucket.fields:
             bucket.view("received", layer).add_(part.sum((2, 3)))
     output = plain + weights[..., at:] @ tail_values
