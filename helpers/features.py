@@ -28,6 +28,12 @@ def confidence(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1).amax(dim=-1)
 
 
+def surprisal(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """`-ln p` of the tokens `[...]` under the predictions `[..., vocabulary]` made before them, in float32 at least."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    return -log_p.gather(-1, token_ids[..., None])[..., 0]
+
+
 def attention_variance(weights: torch.Tensor) -> torch.Tensor:
     """Spread of the attention rows: population variance over the keys a query sees, then the mean over heads.
 
@@ -93,6 +99,9 @@ class TokenFeatures:
     confidence: torch.Tensor | None = None
     rarity: torch.Tensor | None = None
     attn_var: torch.Tensor | None = None
+    surprisal: torch.Tensor | None = None  # of the token itself, nats; 0 for the first of a text
+    key_error: torch.Tensor | None = None  # relative squared error at 2 bits, mean over layers and heads
+    value_error: torch.Tensor | None = None
 
     def slice(self, start: int, stop: int | None) -> "TokenFeatures":
         """Features of the tokens from `start` up to `stop` (None: to the end)."""

@@ -15,9 +15,10 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.features import TokenCounts, TokenFeatures, confidence, entropy
+from helpers.features import TokenCounts, TokenFeatures, confidence, entropy, surprisal
 from helpers.kv_cache import PackedKVCache
-from helpers.policies import Policy
+from helpers.packed_store import Demotion
+from helpers.policies import Policy, Widths
 
 
 class PolicyDriver(LogitsProcessor):
@@ -30,7 +31,8 @@ class PolicyDriver(LogitsProcessor):
         model.generate(**driver.prefill(inputs), past_key_values=cache, logits_processor=[driver])
 
     Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
-    token counts from which rarity starts (each row goes on with a copy of its own). `extra` names features that
+    token counts from which rarity starts (by default those that the policy was trained with; each row goes on with a
+    copy of its own). `extra` names features that
     `observe` computes although the policy does not read them. Among several logits processors it belongs first, or
     it sees what the others made of the logits.
     """
@@ -44,7 +46,7 @@ class PolicyDriver(LogitsProcessor):
         extra: tuple[str, ...] = (),
     ):
         self.model, self.cache, self.policy = model, cache, policy
-        self.wanted = {*policy.needs, *extra}
+        self.wanted = {*policy.needs, *policy.needs_settled, *extra}
         unknown = self.wanted - set(TokenFeatures.__dataclass_fields__)
         if unknown:
             raise ValueError(f"{policy.name}: unknown feature(s) {sorted(unknown)}")
@@ -52,18 +54,26 @@ class PolicyDriver(LogitsProcessor):
             if not cache.reads_packed:
                 raise ValueError("attn_var comes out of packed attention: call use_packed_attention(model) first")
             cache.record_variance = True
+        if policy.needs_received:
+            if not cache.reads_packed:
+                raise ValueError("received attention needs packed attention: call use_packed_attention(model) first")
+            cache.record_received = True
         note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
-        cache.rows_note = note if policy.needs else ""
-        self.start_counts = counts or TokenCounts()
+        self.reads_logits = bool(policy.needs or policy.needs_settled)
+        cache.rows_note = note if self.reads_logits else ""
+        self.start_counts = counts or policy.start_counts or TokenCounts()
         self.reset()
 
     def reset(self) -> None:
         """Forget the text; call it together with `cache.reset()`."""
         self.row_counts: list[TokenCounts] | None = None
         self.latest = TokenFeatures()  # of the tokens observed last
+        self.last_logits: torch.Tensor | None = None  # [B, vocabulary], where surprisal is wanted
         self.features = TokenFeatures()  # of the tokens in the tail
         self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
+        self.pending = TokenFeatures()  # of committed tokens from position `pending_start` on, for settling
+        self.pending_start = 0
 
     @torch.no_grad()
     def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,27 +100,75 @@ class PolicyDriver(LogitsProcessor):
             entropy=entropy(logits) if "entropy" in self.wanted else None,
             confidence=confidence(logits) if "confidence" in self.wanted else None,
             attn_var=self.cache.attention_variance if "attn_var" in self.wanted else None,
+            surprisal=self._surprisal(token_ids, logits) if "surprisal" in self.wanted else None,
         )
         self.features = self.features.append(self.latest)
         self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
         self._commit_ready()
 
+    def _surprisal(self, token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What each token cost under the prediction before it; the first of a text had none and gets 0."""
+        result = surprisal(logits[:, :-1], token_ids[:, 1:])
+        first = torch.zeros_like(result[:, :1]) if token_ids.shape[1] > 1 else logits.new_zeros(len(logits), 1)
+        if self.last_logits is not None:
+            first = surprisal(self.last_logits, token_ids[:, 0])[:, None]
+        self.last_logits = logits[:, -1]
+        return torch.cat([first.to(result.dtype), result], dim=1)
+
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:
-            self.cache.commit(self._choose(ready), ready)
+            features = self._oldest(ready)
+            self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
+            if self.policy.needs_settled:
+                self.pending = self.pending.append(features)
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
+            self._settle_ready()
 
-    def _choose(self, tokens: int) -> torch.Tensor | int:
-        """Widths of the oldest `tokens` tokens of the tail."""
+    def _settle_ready(self) -> None:
+        """Move on the pending blocks that are old enough."""
+        steps = self.policy.steps
+        if not steps:
+            return
+        source, waited = self.policy.commit, 0
+        for step in steps:
+            # Blocks enter and leave a stage in order, so the newest that stay are as many as the blocks they wait for.
+            excess = self.cache.pending_blocks(source) - (step.after - waited)
+            if excess > 0:
+                keep = round(step.keep * self.cache.block)
+                last = step is steps[-1]
+                self.cache.settle(source, step.bits, excess, keep, self._scores if keep else None, pending=not last)
+                if last and self.policy.needs_settled:
+                    self.pending = self.pending.slice(excess * self.cache.block, None)
+                    self.pending_start += excess * self.cache.block
+            source, waited = step.bits, step.after
+
+    def _scores(self, demotion: Demotion) -> torch.Tensor:
+        features = TokenFeatures()
+        if self.policy.needs_settled:
+            at = demotion.start - self.pending_start
+            features = self.pending.slice(at, at + demotion.key_error.shape[-1])
+        return self.policy.scores(demotion, features)
+
+    def _oldest(self, tokens: int) -> TokenFeatures:
+        """Features of the oldest `tokens` tokens of the tail."""
         features = self.features.slice(0, tokens)
         if "rarity" in self.wanted:
             features.rarity = self._rarity(self.token_ids[:, :tokens])
+        if self.wanted & {"key_error", "value_error"}:
+            features.key_error, features.value_error = self.cache.tail_errors(tokens)
+        return features
+
+    def _choose(self, features: TokenFeatures, tokens: int) -> torch.Tensor | Widths:
+        """Widths of the oldest `tokens` tokens of the tail."""
         rows = self.token_ids.shape[0]
         widths = self.policy.widths(features, rows, tokens)
         if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
             raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
-        record = widths if isinstance(widths, torch.Tensor) else torch.full((rows, tokens), widths)
+        if isinstance(widths, torch.Tensor):
+            record = widths
+        else:
+            record = torch.full((rows, tokens), widths if isinstance(widths, int) else sum(widths) / 2)
         self.chosen.append(record)
         return widths
 
@@ -127,7 +185,7 @@ class PolicyDriver(LogitsProcessor):
             looking_ahead = copy.copy(self)
             looking_ahead.policy, looking_ahead.chosen = copy.deepcopy(self.policy), list(self.chosen)
             looking_ahead.row_counts = [counts.copy() for counts in self.row_counts] if self.row_counts else None
-            looking_ahead._choose(tail)
+            looking_ahead._choose(looking_ahead._oldest(tail), tail)
             return torch.cat([w.cpu() for w in looking_ahead.chosen], dim=1)
         return torch.cat([w.cpu() for w in self.chosen], dim=1)
 
@@ -138,7 +196,7 @@ class PolicyDriver(LogitsProcessor):
                 f"the cache holds {self.cache.get_seq_length()} tokens and the text {input_ids.shape[1]}: PolicyDriver "
                 "cannot follow assisted generation, which reads guesses ahead; use PackedKVCache(bits=...) with it"
             )
-        if not self.policy.needs:
+        if not self.reads_logits:
             self.token_ids = input_ids[:, -held:]
             self._commit_ready()
             return scores
@@ -148,8 +206,8 @@ class PolicyDriver(LogitsProcessor):
             self.token_ids, self.features = self.token_ids[:, :known], self.features.slice(0, known)
         if held - known > 1:
             raise ValueError(
-                f"'{self.policy.name}' reads {', '.join(self.policy.needs)} of every token, and generate() shows only "
-                "the last one's: call driver.prefill(inputs) first (beam search is not possible with this policy)"
+                f"'{self.policy.name}' reads {', '.join(sorted(self.wanted))} of every token, and generate() shows "
+                "only the last one's: call driver.prefill(inputs) first (beam search is not possible with this policy)"
             )
         self.observe(input_ids[:, -1:], scores[:, None])
         return scores

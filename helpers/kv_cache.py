@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from helpers.packed_store import CENTRE_TOKENS, EMPTY, Bucket, PackedStore, Stage
+from helpers.packed_store import CENTRE_TOKENS, EMPTY, Bucket, PackedStore, Scores, Stage
 from helpers.quantization import FULL_WIDTH, check_width
 
 PACKED_ATTENTION = "packed_kv"
@@ -56,6 +56,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.cache, self.layer_idx = cache, layer_idx
         self.tail_length = 0
+        self.received: torch.Tensor | None = None  # [B, H, tail tokens]: attention from later blocks of the tail
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -119,6 +120,20 @@ class PackedLayer(CacheLayerMixin):
             else:
                 old[:, :, :rest] = kept
         self.tail_length = rest
+        if self.received is not None:
+            self.received = self.received[:, :, tokens:].clone() if rest else None
+
+    def tail_received(self, tokens: int) -> torch.Tensor:
+        """Attention received by the oldest `tokens` tokens of the tail, float32 `[B, H, tokens]`."""
+        result = self.keys.new_zeros(*self.keys.shape[:2], tokens, dtype=torch.float32)
+        if self.received is not None:
+            held = self.received[:, :, :tokens]
+            result[:, :, : held.shape[2]] = held
+        return result
+
+    def add_received(self, received: torch.Tensor) -> None:
+        """Add to what the tail's tokens have received, `[B, H, tail tokens]`."""
+        self.received = received.float() + self.tail_received(self.tail_length)
 
     def get_seq_length(self) -> int:
         return self.cache.committed + self.tail_length if self.is_initialized else 0
@@ -130,7 +145,7 @@ class PackedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.received = None
         self.is_initialized = False
         self.tail_length = 0
         if self.layer_idx == 0:
@@ -163,6 +178,7 @@ class PackedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.received = None if self.received is None else self.received.to(device)
         if self.layer_idx == 0:
             for store in self.cache.stores:
                 store.to(device if device == "cpu" else self.cache.layers[store.layers[0]].device)
@@ -306,10 +322,31 @@ class PackedKVCache(Cache):
                 torch.stack([getattr(self.layers[i], name)[:, :, :tokens] for i in store.layers])
                 for name in ("keys", "values")
             )
-            store.commit(keys, values, bits, self.committed, self.block, pending)
+            received = None
+            if pending and self.record_received:
+                received = torch.stack([self.layers[i].tail_received(tokens) for i in store.layers])
+            store.commit(keys, values, bits, self.committed, self.block, pending, received)
         for layer in self.layers:
             layer.drop_front(tokens)
         self.committed += tokens
+
+    def tail_errors(self, tokens: int, bits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+        """How badly the oldest `tokens` tokens of the tail would be stored at `bits`: for keys and for values `[B, n]`.
+
+        Squared error over squared length, averaged over layers and heads (0: exact; 1: as bad as storing nothing).
+        """
+        if not self.stores:
+            if not self.committable:
+                raise ValueError(f"errors are known once {CENTRE_TOKENS} tokens can be centred")
+            self._make_stores()
+        result = []
+        for name, side in (("keys", "key"), ("values", "value")):
+            parts = []
+            for store in self.stores:
+                states = torch.stack([getattr(self.layers[i], name)[:, :, :tokens] for i in store.layers])
+                parts.append(store.relative_error(states, side, bits).transpose(0, 1).flatten(1, 2))
+            result.append(torch.cat(parts, dim=1).mean(1))  # over the heads of all layers
+        return tuple(result)
 
     def settle(
         self,
@@ -317,15 +354,16 @@ class PackedKVCache(Cache):
         target: Widths,
         blocks: int = 1,
         keep: int = 0,
-        scores: list[torch.Tensor] | torch.Tensor | None = None,
+        scores: list[torch.Tensor] | Scores | None = None,
         pending: bool = False,
     ) -> None:
         """Re-quantize the oldest `blocks` pending blocks of width `source` to `target`.
 
         With `keep`, every layer, row and head leaves the `keep` tokens of each block that have its highest `scores`
-        as they are (settled); `scores` is `[L, B, H, blocks * block]`, or a list of such tensors, one a store. The
-        other tokens move to `target`. With `pending` instead, the whole blocks may be settled once more. Raises
-        `ValueError` where there are fewer pending blocks, or where `keep` is not within the block or lacks scores.
+        as they are (settled), and the others move to `target`. `scores` is `[L, B, H, blocks * block]`, or a list of
+        such tensors, one a store, or a function that gives them for a `packed_store.Demotion`. With `pending`
+        instead, the whole blocks may be settled once more. Raises `ValueError` where there are fewer pending blocks,
+        or where `keep` is not within the block or lacks scores.
         """
         stage = Stage(*_width_pair(source, "source"), pending=True)
         goal = _width_pair(target, "target")
@@ -340,17 +378,13 @@ class PackedKVCache(Cache):
             raise ValueError("keep settles a block for good: it cannot be combined with pending")
         if keep and scores is None:
             raise ValueError(f"keep={keep} needs scores to choose by")
-        if isinstance(scores, torch.Tensor):
-            scores = [scores]
-        for number, store in enumerate(self.stores):
-            at = 0
-            for _ in range(blocks):
-                tokens = store.buckets[stage].blocks[0][1]
-                part = scores[number][..., at : at + tokens] if keep else None
-                if keep and part.shape[-1] != tokens:
-                    raise ValueError(f"scores must cover {blocks} blocks of {self.block}, got {scores[number].shape}")
-                store.settle(stage, goal, min(keep, tokens), part, pending)
-                at += tokens
+        if not isinstance(scores, list):
+            scores = [scores] * len(self.stores)
+        for store, part in zip(self.stores, scores, strict=True):
+            oldest = store.buckets[stage].blocks[:blocks]
+            if keep and isinstance(part, torch.Tensor) and part.shape[-1] != sum(slots for _, slots in oldest):
+                raise ValueError(f"scores must cover {blocks} blocks of {self.block}, got {list(part.shape)}")
+            store.settle(stage, goal, blocks, keep, part, pending)
 
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
@@ -365,7 +399,6 @@ class PackedKVCache(Cache):
         for members in groups.values():
             first = self.layers[members[0]]
             store = PackedStore(members, first.keys, first.values, self.quantizer, self.max_length)
-            store.record_received = self.record_received
             if self.quantizer == "rotated":
                 weights = self._centre_weights(first.device)
                 keys = torch.stack([self.layers[i].keys[:, :, : weights.shape[1]] for i in members])
@@ -389,6 +422,7 @@ class PackedKVCache(Cache):
         length = max(0, self.get_seq_length() - tokens)
         for layer in self.layers:
             layer.tail_length = max(0, length - self.committed)
+            layer.received = None if layer.received is None else layer.received[:, :, : layer.tail_length].clone()
         if length < self.committed:
             self.committed = length
             for store in self.stores:
@@ -403,6 +437,7 @@ class PackedKVCache(Cache):
         for layer in self.layers:
             at = index.to(layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(0, at), layer.values.index_select(0, at)
+            layer.received = None if layer.received is None else layer.received.index_select(0, at)
         for store in self.stores:
             store.map_rows(index.to(self.layers[store.layers[0]].keys.device))
         if self.visible is not None:
@@ -412,7 +447,7 @@ class PackedKVCache(Cache):
         """Every tensor that the cache owns, spare capacity included."""
         for layer in self.layers:
             if layer.is_initialized:
-                yield from (layer.keys, layer.values)
+                yield from (x for x in (layer.keys, layer.values, layer.received) if x is not None)
         for store in self.stores:
             yield from store.tensors()
         yield from (x for x in (self.visible, self.attention_variance) if x is not None)
@@ -455,6 +490,19 @@ class PackedKVCache(Cache):
                 tokens += held
         tail = sum(x.keys.shape[0] * x.keys.shape[1] * x.tail_length for x in self.layers if x.is_initialized)
         return (total + FULL_WIDTH * tail) / (tokens + tail) if tokens + tail else 0.0
+
+    def token_bits(self) -> torch.Tensor:
+        """Width at which each token is stored now, averaged over layers, heads and sides; 16 in the tail.
+
+        float32 `[B, tokens]`, on the CPU.
+        """
+        rows = self.layers[0].keys.shape[0]
+        bits = torch.full((rows, self.get_seq_length()), float(FULL_WIDTH))
+        heads = {id(s): len(s.layers) * self.layers[s.layers[0]].keys.shape[1] for s in self.stores}
+        if self.committed:
+            parts = [store.token_bits(self.committed).cpu() * heads[id(store)] for store in self.stores]
+            bits[:, : self.committed] = sum(parts) / sum(heads.values())
+        return bits
 
 
 def _width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:

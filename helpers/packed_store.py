@@ -7,7 +7,7 @@ Knows nothing of models, policies or attention.
 Shapes: L layers, B rows of the batch, H key/value heads, C slots of a bucket, D head_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,24 @@ class Stage:
     def bits(self, side: str) -> int:
         """Width of the "key" or of the "value" side."""
         return self.key_bits if side == "key" else self.value_bits
+
+
+@dataclass
+class Demotion:
+    """What is known of pending blocks at the moment they are settled, to choose by; `[L, B, H, slots]` each.
+
+    Slots are in text order, `block` of them a block; `start` is the position of the first.
+    """
+
+    layers: list[int]  # of the model
+    start: int
+    block: int
+    key_error: torch.Tensor  # squared error that the keys (of D numbers) would take on by moving to the lower width
+    value_error: torch.Tensor
+    received: torch.Tensor | None  # attention received from later blocks so far, where the cache records it
+
+
+Scores = torch.Tensor | Callable[[Demotion], torch.Tensor]
 
 
 @dataclass
@@ -126,15 +144,21 @@ class Bucket:
         self.fill = at + (n if counts is None else counts)
         self.ragged = self.ragged or ragged or not (self.fill == self.fill[0]).all()
 
-    def pop_block(self) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        """Take the oldest block out of a pending bucket; its space is reclaimed when half the buffer is free."""
-        first, slots = self.blocks.pop(0)
-        content = {name: value[:, :, :, self.start : self.start + slots].clone() for name, value in self.fields.items()}
-        self.start += slots
+    def pop_blocks(self, most: int) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
+        """Take the oldest blocks out of a pending bucket, up to `most` of them and all of one size.
+
+        Their space is reclaimed when half the buffer is free.
+        """
+        size = self.blocks[0][1]
+        run = next((i for i, (_, slots) in enumerate(self.blocks[:most]) if slots != size), min(most, len(self.blocks)))
+        taken, self.blocks = self.blocks[:run], self.blocks[run:]
+        stop = self.start + run * size
+        content = {name: value[:, :, :, self.start : stop].clone() for name, value in self.fields.items()}
+        self.start = stop
         if self.start > self.capacity // 2:
             capacity = max(self.slots + MIN_GROWTH, self.capacity // 2) if self.slots else MIN_GROWTH
             self._rebuild(capacity, self.live())
-        return content, (first, slots)
+        return content, taken
 
     def crop(self, length: int) -> None:
         """Drop the tokens at positions `length` and later; the others keep their codes and their slots.
@@ -186,7 +210,7 @@ class PackedStore:
         self.layers = layers
         self.quantizer = quantizer
         self.reserved = reserved or 0
-        self.record_received = False
+        self.device = key.device
         self.dtype = torch.promote_types(key.dtype, torch.float32)
         self.full_dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
         self.buckets: dict[Stage, Bucket] = {}
@@ -237,6 +261,12 @@ class PackedStore:
             x = x + self.centre[layer].unsqueeze(-2)
         return x
 
+    def relative_error(self, states: torch.Tensor, side: str, bits: int) -> torch.Tensor:
+        """Squared error of storing `states` `[L, B, H, n, D]` at `bits`, over their squared length: `[L, B, H, n]`."""
+        x = states.to(self.dtype)
+        error = (self.decode(self.encode(x, side, bits), side, bits, slice(None)) - x).square().sum(-1)
+        return error / x.square().sum(-1).clamp(min=1e-12)
+
     def commit(
         self,
         keys: torch.Tensor,
@@ -245,10 +275,12 @@ class PackedStore:
         first: int,
         block: int,
         pending: bool,
+        received: torch.Tensor | None = None,
     ) -> None:
         """Quantize `keys`, `values` `[L, B, H, n, D]`, the tokens at positions `first, first + 1, ...`.
 
         `widths` is one pair (key bits, value bits) for all tokens, or an array `[B, n]` of the width of each.
+        `received` `[L, B, H, n]` is the attention that pending tokens got while they were in the tail.
         """
         layers, rows, heads, n = keys.shape[:4]
         index = torch.arange(n, device=keys.device)
@@ -261,8 +293,8 @@ class PackedStore:
                 "token": token,
                 "block_start": block_start,
             }
-            if pending and self.record_received:
-                content["received"] = keys.new_zeros(token.shape, dtype=torch.float32)
+            if received is not None:
+                content["received"] = received
             bucket = self._bucket(Stage(*widths, pending))
             bucket.append(content)
             if pending:
@@ -285,43 +317,99 @@ class PackedStore:
             self._bucket(Stage(int(bits), int(bits))).append(content, counts)
 
     def settle(
-        self, source: Stage, target: tuple[int, int], keep: int, scores: torch.Tensor | None, pending: bool
+        self, source: Stage, target: tuple[int, int], blocks: int, keep: int, scores: Scores | None, pending: bool
     ) -> None:
-        """Re-quantize the oldest block of the pending bucket `source` to `target` (key bits, value bits).
+        """Re-quantize the oldest `blocks` of the pending bucket `source` to `target` (key bits, value bits).
 
-        With `keep`, each layer, row and head leaves the `keep` tokens of highest `scores` `[L, B, H, slots]` at the
-        widths they have; all are then settled.
+        With `keep`, each layer, row and head leaves the `keep` tokens of a block that score highest at the widths
+        they have; all are then settled. `scores` is `[L, B, H, slots]` or a function from `Demotion` to that.
         """
-        content, (first, slots) = self.buckets[source].pop_block()
+        at = 0
+        while blocks:
+            content, taken = self.buckets[source].pop_blocks(blocks)
+            blocks -= len(taken)
+            slots = len(taken) * taken[0][1]
+            part = scores[..., at : at + slots] if isinstance(scores, torch.Tensor) else scores
+            self._settle_run(source, target, content, taken, keep, part, pending)
+            at += slots
+
+    def _settle_run(
+        self,
+        source: Stage,
+        target: tuple[int, int],
+        content: dict[str, torch.Tensor],
+        taken: list[tuple[int, int]],
+        keep: int,
+        scores: Scores | None,
+        pending: bool,
+    ) -> None:
+        """Settle `content`, the slots of the blocks `taken`, which are all of one size."""
         ragged = self.buckets[source].ragged
-        rest = content
-        if not pending:
-            content.pop("received", None)
-        if keep:
-            scores = scores.masked_fill(content["token"] == EMPTY, -torch.inf)
-            order = scores.argsort(dim=-1, descending=True, stable=True)
-            kept, rest = (
-                {name: _take(value, part) for name, value in content.items()}
-                for part in (order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values)
-            )
-            kept.pop("received", None)
-            self._bucket(Stage(source.key_bits, source.value_bits)).append(kept, ragged=ragged)
-            if keep == slots:
-                return
-        moved = {name: value for name, value in rest.items() if not name.startswith(("key", "value"))}
+        size = taken[0][1]
+        keep = min(keep, size)
+        received = content.get("received") if pending else content.pop("received", None)
+        moved = {name: value for name, value in content.items() if not name.startswith(("key", "value"))}
+        errors = {}
         for side, new in zip(("key", "value"), target, strict=True):
-            old = source.bits(side)
-            if old == new:
-                moved |= {name: value for name, value in rest.items() if name.startswith(side)}
-            else:
-                moved |= self.encode(self.decode(rest, side, old, slice(None)), side, new)
+            coded, errors[side] = self._requantize(content, side, source.bits(side), new, want_error=callable(scores))
+            moved |= coded
+        if keep:
+            if callable(scores):
+                scores = scores(Demotion(self.layers, taken[0][0], size, errors["key"], errors["value"], received))
+            if scores.shape != content["token"].shape:
+                raise ValueError(
+                    f"scores must have shape {list(content['token'].shape)} (layers, rows, heads, tokens of the "
+                    f"blocks), got {list(scores.shape)}"
+                )
+            scores = scores.masked_fill(content["token"] == EMPTY, -torch.inf).unflatten(-1, (-1, size))
+            order = scores.argsort(dim=-1, descending=True, stable=True)
+            order = order + torch.arange(0, len(taken) * size, size, device=order.device)[:, None]
+            kept, rest = (part.sort(-1).values.flatten(-2) for part in order.split([keep, size - keep], dim=-1))
+            stay = {name: _take(value, kept) for name, value in content.items()}
+            self._bucket(Stage(source.key_bits, source.value_bits)).append(stay, ragged=ragged)
+            if keep == size:
+                return
+            moved = {name: _take(value, rest) for name, value in moved.items()}
         bucket = self._bucket(Stage(*target, pending))
         bucket.append(moved, ragged=ragged)
         if pending:
-            bucket.blocks.append((first, slots))
+            bucket.blocks += taken
+
+    def _requantize(
+        self, content: dict[str, torch.Tensor], side: str, old: int, new: int, want_error: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """One side of `content` moved from `old` to `new` bits, and (if wanted) each vector's squared change."""
+        if old == new:
+            same = {name: value for name, value in content.items() if name.startswith(side)}
+            return same, torch.zeros_like(content["token"], dtype=self.dtype)
+        if FULL_WIDTH in (old, new):
+            before = self.decode(content, side, old, slice(None))
+            coded = self.encode(before, side, new)
+        else:  # both widths code the same centred, rotated numbers
+            before = self.read(content, side, old)
+            codes, scales = quantize(before, new, search=self.quantizer == "rotated")
+            coded = {f"{side}_codes": codes, f"{side}_scales": scales}
+        error = None
+        if want_error:
+            after = (
+                self.decode(coded, side, new, slice(None)) if FULL_WIDTH in (old, new) else self.read(coded, side, new)
+            )
+            error = (after - before).square().sum(-1)
+        return coded, error
 
     def _bucket(self, stage: Stage) -> Bucket:
         return self.buckets.setdefault(stage, Bucket(stage, self.reserved))
+
+    def token_bits(self, length: int) -> torch.Tensor:
+        """Average width of the codes of each committed token over layers, heads and sides, float32 `[B, length]`."""
+        layers, rows, heads = next(iter(self.buckets.values())).view("token").shape[:3]
+        total = torch.zeros(rows, length + 1, device=self.device)
+        for stage, bucket in self.buckets.items():
+            token = bucket.view("token")
+            at = bucket.positions().masked_fill(token == EMPTY, length).transpose(0, 1).flatten(1)
+            bits = torch.full_like(at, (stage.key_bits + stage.value_bits) / 2, dtype=torch.float32)
+            total.scatter_add_(1, at, bits)
+        return total[:, :length] / (layers * heads)
 
     def dense(self, side: str, layer: int, length: int) -> torch.Tensor:
         """Keys or values of the committed tokens of one layer in text order, dequantized: `[B, H, length, D]`."""
@@ -349,6 +437,7 @@ class PackedStore:
             self.centre = self.centre.index_select(1, index)
 
     def to(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
         for bucket in self.buckets.values():
             bucket.fields = {name: value.to(device) for name, value in bucket.fields.items()}
         moved = {id(value): value.to(device) for value in self.rotation.values()}

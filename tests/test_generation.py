@@ -163,6 +163,8 @@ def test_sampling_repeats_with_its_seed_and_stops_at_the_end():
 
 def test_rarity_reaches_the_policy_from_the_given_counts():
     class Spy(FixedBits):
+        needs = ("rarity",)
+
         def widths(self, features, batch, tokens):
             seen.append(features.rarity)
             return super().widths(features, batch, tokens)
@@ -171,7 +173,7 @@ def test_rarity_reaches_the_policy_from_the_given_counts():
     start = TokenCounts()
     start.rarity(range(90))
     cache = PackedKVCache(model.config, block=8)
-    driver = PolicyDriver(model, cache, Spy(4, needs=("rarity",)), counts=start)
+    driver = PolicyDriver(model, cache, Spy(4), counts=start)
     for _ in score_blocks(model, ids, cache, driver, block=8):
         pass
     expected = [start.copy().rarity(row) for row in ids.tolist()]

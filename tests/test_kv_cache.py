@@ -341,7 +341,10 @@ def test_space_of_settled_blocks_is_reclaimed():
     assert cache.committed == 480
 
 
-def test_received_attention_is_that_of_later_tokens():
+@pytest.mark.parametrize("window", [64, 10])
+def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
+    """A prompt read at once counts its newest queries; what is read after the commit counts whole."""
+    monkeypatch.setattr("helpers.attention.reference.RECEIVED_WINDOW", window)
     model = tiny_model("llama", dtype=torch.float64)
     ids = random_ids(1, 28)
     cache = PackedKVCache(model.config, block=8)
@@ -354,7 +357,9 @@ def test_received_attention_is_that_of_later_tokens():
     weights = eager(input_ids=ids, output_attentions=True).attentions
     bucket = next(iter(cache.stores[0].buckets.values()))
     for layer in range(2):
-        expected = weights[layer][0, :, 24:, :24].unflatten(0, (2, 2)).sum((1, 2))
+        block = torch.arange(28) // 8
+        later = (block[:, None] > block) & (torch.arange(28)[:, None] >= 24 - window)
+        expected = (weights[layer][0] * later)[:, :, :24].unflatten(0, (2, 2)).sum((1, 2))
         assert torch.allclose(bucket.view("received", layer)[0].double(), expected, atol=2e-3)
 
 

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from helpers.attention.reference import attention_variance, packed_attention
+from helpers.attention.reference import attention_variance, packed_attention, prompt_received
 from helpers.kv_cache import PACKED_ATTENTION, PackedStates
 
 
@@ -55,6 +55,8 @@ def packed_attention_forward(
         tail_keys, tail_values = states.tail_keys, states.tail_values
         if record:
             cache.attention_variance = attention_variance(query, tail_keys, attention_mask, scaling)
+        if cache.record_received:
+            prompt_received(query, states, attention_mask, scaling)
         return sdpa_attention_forward(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
     output, variance = packed_attention(query, states, attention_mask, scaling, record)
     if record:

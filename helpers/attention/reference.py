@@ -12,6 +12,8 @@ from helpers.kv_cache import PackedStates
 from helpers.packed_store import EMPTY, Bucket
 from helpers.quantization import FULL_WIDTH
 
+RECEIVED_WINDOW = 64  # newest queries of a prompt whose attention ranks its tokens (as SnapKV's observation window)
+
 
 def packed_attention(
     query: torch.Tensor,
@@ -59,11 +61,24 @@ def packed_attention(
     # A row of padding sees nothing; its softmax is not a number, and nobody reads what comes of it.
     weights = weights.nan_to_num(0.0) if mask is not None else weights
     output = _weighted_values(weights, states, layer)
+    if states.cache.record_received and tail.shape[-1] > states.cache.block:
+        record_tail_received(weights[..., -RECEIVED_WINDOW:, -tail.shape[-1] :], states)
     variance = None
     if record_variance:
         seen = scores.isfinite().sum(-1)
         variance = row_variance(weights, seen).flatten(1, 2).mean(1)
     return output.flatten(1, 2).to(query.dtype), variance
+
+
+def record_tail_received(weights: torch.Tensor, states: PackedStates) -> None:
+    """Note what tokens of the tail receive from later blocks of the tail; `weights` `[B, H, G, Q, tail tokens]`.
+
+    The queries are the newest tokens. This is how a prompt that is read at once gets its ranking.
+    """
+    queries, keys = weights.shape[-2:]
+    block = torch.arange(keys, device=weights.device) // states.cache.block
+    later = block[keys - queries :, None] > block
+    states.cache.layers[states.layer_idx].add_received((weights * later).sum((2, 3)))
 
 
 def _bucket_scores(bucket: Bucket, layer: int, store, q, q_rotated, q_centre) -> torch.Tensor:
@@ -116,6 +131,33 @@ def _future(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.arange(keys, device=device) > query_at[:, None]
 
 
+def prompt_received(
+    query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, scaling: float
+) -> None:
+    """Note what the tokens of a tail that is all there is receive from the last `RECEIVED_WINDOW` queries."""
+    keys, last = states.tail_keys, slice(-RECEIVED_WINDOW, None)
+    if keys.shape[2] > states.cache.block:
+        mask = None if attention_mask is None else attention_mask[:, :, last]
+        weights, _ = _dense_weights(query[:, :, last], keys, mask, scaling)
+        record_tail_received(weights, states)
+
+
+def _dense_weights(
+    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention weights `[B, H, G, Q, keys]` of the newest queries over plain keys, and how many keys each sees."""
+    rows, heads, queries, _ = query.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
+    scores = q @ keys.to(dtype)[:, :, None].mT * scaling
+    if attention_mask is None:
+        scores = scores.masked_fill(_future(queries, tokens, query.device), -torch.inf)
+    else:
+        scores = _apply_mask(scores, _grouped_mask(attention_mask, rows, heads, kv_heads))
+    return scores.softmax(-1).nan_to_num(0.0), scores.isfinite().sum(-1)
+
+
 def attention_variance(
     query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float, chunk: int = 256
 ) -> torch.Tensor:
@@ -123,19 +165,12 @@ def attention_variance(
 
     Worked through `chunk` queries at a time, since no fused kernel gives the weights.
     """
-    rows, heads, queries, _ = query.shape
-    kv_heads, tokens = keys.shape[1], keys.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
-    mask = _grouped_mask(attention_mask, rows, heads, kv_heads)
-    future = _future(queries, tokens, query.device)
+    queries, tokens = query.shape[2], keys.shape[2]
     variances = []
     for at in range(0, queries, chunk):
-        part = slice(at, at + chunk)
-        scores = q[..., part, :] @ keys.to(dtype)[:, :, None].mT * scaling
-        scores = (
-            scores.masked_fill(future[part], -torch.inf) if mask is None else _apply_mask(scores, mask[..., part, :])
-        )
-        weights = scores.softmax(-1).nan_to_num(0.0)
-        variances.append(row_variance(weights, scores.isfinite().sum(-1)).flatten(1, 2).mean(1))
+        stop = min(at + chunk, queries)
+        seen = tokens - queries + stop  # without a mask, later keys are not visible to this chunk anyway
+        mask = None if attention_mask is None else attention_mask[:, :, at:stop, :seen]
+        weights, visible = _dense_weights(query[:, :, at:stop], keys[:, :, :seen], mask, scaling)
+        variances.append(row_variance(weights, visible).flatten(1, 2).mean(1))
     return torch.cat(variances, dim=-1)

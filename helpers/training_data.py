@@ -1,0 +1,141 @@
+"""What the controller learns from, beyond Part 1's table: measured costs of widths, and what demotions did.
+
+`measure_costs` extends the collected table by what each width costs each token; `settle_examples` replays texts under
+a schedule and joins what was known of every token in every head with the damage that its demotion does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from helpers.controller import settle_inputs
+from helpers.features import TokenFeatures, surprisal
+from helpers.generation import PolicyDriver, score_blocks
+from helpers.kv_cache import PackedKVCache
+from helpers.packed_store import CENTRE_TOKENS, Demotion
+from helpers.policies import AgeSchedule
+from helpers.quantization import WIDTHS
+from helpers.sensitivity import HORIZON, exact_costs, head_costs, optimal_bits, text_states
+
+COST_COLUMNS = [f"cost_{bits}" for bits in WIDTHS]
+
+
+def texts_of(table: pd.DataFrame) -> dict[int, list[int]]:
+    """Token ids of each text of a collected table, by `text_id` (without its last token, which has no row)."""
+    return {int(i): part["token_id"].tolist() for i, part in table.groupby("text_id", sort=False)}
+
+
+@torch.no_grad()
+def measure_costs(
+    model: PreTrainedModel, table: pd.DataFrame, average: float = 4.0, horizon: int = HORIZON
+) -> tuple[pd.DataFrame, float]:
+    """The table of `collect` with more columns, and the lambda (nats per bit) behind `optimal_bits`.
+
+    Added: `surprisal`, `key_error`, `value_error` (see `TokenFeatures`); `cost_2` to `cost_16`, the measured rise of
+    KL in nats over the `horizon` following predictions; `horizon`, how many there were; and `optimal_bits` for a
+    target `average`. Texts of fewer than 16 tokens are left out: nothing of them is ever packed.
+    """
+    parts = []
+    for text_id, ids in tqdm(texts_of(table).items(), desc="costs", leave=False):
+        if len(ids) < CENTRE_TOKENS:
+            continue
+        cache = DynamicCache(config=model.config)
+        row = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=row, past_key_values=cache).logits
+        states = text_states(cache)
+        own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
+        errors = {
+            f"{side}_error": states.store.relative_error(x, side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy()
+            for side, x in (("key", states.keys), ("value", states.values))
+        }
+        costs = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
+        part = table[table["text_id"] == text_id].assign(surprisal=own.cpu().numpy(), **errors)
+        part[COST_COLUMNS] = costs
+        parts.append(part.assign(horizon=np.minimum(horizon, len(ids) - 1 - np.arange(len(ids)))))
+    result = pd.concat(parts, ignore_index=True)
+    bits, price = optimal_bits(result[COST_COLUMNS].to_numpy(), average)
+    return result.assign(optimal_bits=bits), price
+
+
+@dataclass
+class SettleExamples:
+    """One row a block in one head: `inputs` `[N, block, features]`, `damage` (nats) and others `[N, block]`."""
+
+    inputs: torch.Tensor
+    damage: torch.Tensor
+    by_attention: torch.Tensor  # the hand-made scores, to compare with
+    by_attention_and_error: torch.Tensor
+    text_ids: np.ndarray  # [N]
+    schedule: np.ndarray  # [N], index into the schedules
+
+    def demoted_damage(self, scores: torch.Tensor, keep: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Damage `[N]` of the tokens that are demoted when the `keep` of highest `scores` `[N, block]` stay."""
+        kept = scores.topk(keep, dim=-1).indices
+        rest = self.damage.sum(-1) - self.damage.gather(-1, kept).sum(-1)
+        return rest.numpy() if rows is None else rest.numpy()[rows]
+
+
+class _Recorder(AgeSchedule):
+    """Follows its schedule, and notes what is known at each settle."""
+
+    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+        self.seen.append(demotion)
+        return super().scores(demotion, features)
+
+
+def settle_examples(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    schedules: Sequence[AgeSchedule],
+    block: int = 16,
+    samples: int = 4,
+    seed: int = 0,
+) -> SettleExamples:
+    """Replay `texts` under each of `schedules` and estimate what each demotion of its last step does.
+
+    Damage is `sensitivity.head_costs`; blocks that no segment of predictions follows are left out. Raises
+    `ValueError` where no text is long enough to have any.
+    """
+    columns: dict[str, list] = {name: [] for name in SettleExamples.__dataclass_fields__}
+    for text_id, ids in enumerate(tqdm(texts, desc="demotions", leave=False)):
+        for number, schedule in enumerate(schedules):
+            recorder = _Recorder(schedule.commit, schedule.steps, "attention x error")
+            object.__setattr__(recorder, "seen", [])
+            cache = PackedKVCache(model.config, block=block)
+            driver = PolicyDriver(model, cache, recorder)
+            row = torch.tensor([list(ids)], device=model.device)
+            for _ in score_blocks(model, row, cache, driver, block):
+                pass
+            stages = [schedule.commit, *(step.bits for step in schedule.steps)]
+            source, target = (b if isinstance(b, tuple) else (b, b) for b in stages[-2:])
+            damage = head_costs(
+                model, ids, source, target, schedule.steps[-1].after, block, samples, seed=seed + text_id
+            )
+            for seen in recorder.seen:
+                stop = seen.start + seen.key_error.shape[-1]
+                by_block = torch.tensor(damage[:, :, seen.start : stop]).unflatten(-1, (-1, block)).flatten(0, 2)
+                known = ~by_block.isnan().any(-1)
+
+                def rows(x: torch.Tensor, known=known) -> torch.Tensor:
+                    """`[L, 1, H, slots, ...]` as `[blocks, block, ...]`, those of known damage."""
+                    return x[:, 0].cpu().unflatten(2, (-1, block)).flatten(0, 2)[known]
+
+                columns["inputs"].append(rows(settle_inputs(seen)))
+                columns["damage"].append(by_block[known])
+                columns["by_attention"].append(rows(seen.received))
+                columns["by_attention_and_error"].append(rows(seen.received * (seen.key_error + seen.value_error)))
+                columns["text_ids"].append(np.full(int(known.sum()), text_id))
+                columns["schedule"].append(np.full(int(known.sum()), number))
+    if not sum(map(len, columns["text_ids"])):
+        raise ValueError("no text is long enough for a settled block to be followed by predictions")
+    return SettleExamples(
+        **{
+            name: np.concatenate(parts) if name in ("text_ids", "schedule") else torch.cat(parts)
+            for name, parts in columns.items()
+        }
+    )
