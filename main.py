@@ -16,7 +16,7 @@ def collect(options: argparse.Namespace) -> None:
     source = options.model or preset.model
     texts_source = options.texts or preset.multiple_choice
     model, tokenizer = load_model(source)
-    texts = sample_texts(load_multiple_choice(texts_source), options.count, options.seed)
+    texts = sample_texts(load_multiple_choice(texts_source, preset.train_split), options.count, options.seed)
     ids = [encode(tokenizer, text, options.max_tokens) for text in texts]
     out = Path(options.out or preset.data_dir / "controller_training.csv")
     names = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "preset": preset.name}
@@ -55,6 +55,65 @@ def quality(options: argparse.Namespace) -> None:
         table.to_csv(temporary, index=False, float_format="%.6g")
     names = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
     write_json(out.with_suffix(".json"), names | provenance())
+
+
+def train(options: argparse.Namespace) -> None:
+    from helpers.collection import collect
+    from helpers.files import relative_to_root
+    from helpers.models import get_preset, load_model
+    from helpers.policies import EntropyRule
+    from helpers.training import train_controllers
+
+    preset = get_preset(options.preset)
+    source, texts = options.model or preset.model, options.texts or preset.stories
+    model, tokenizer = load_model(source)
+    rows = _packed_rows(tokenizer, texts, preset.train_split, 512, options.rows, first_share=0.9)
+    out = Path(options.out or preset.data_dir / "controllers")
+    short = [row[:256] for row in rows[:: max(1, len(rows) // 24)]]
+    table = collect(model, short, out / "collected.csv", EntropyRule(), source={"model": relative_to_root(source)})
+    summary = train_controllers(model, table, rows, out, relative_to_root(source), options.seed)
+    print(summary.to_string(index=False))
+    print(f"controllers of {len(table)} tokens and {len(rows)} rows of 512 -> {relative_to_root(out)}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    import torch
+
+    from helpers.comparison import compare, default_stores, save_comparison, standard_pairs
+    from helpers.corpora import load_multiple_choice, sample_items
+    from helpers.files import relative_to_root
+    from helpers.models import get_preset, load_model
+
+    preset = get_preset(options.preset)
+    source, texts = options.model or preset.model, options.texts or preset.stories
+    model, tokenizer = load_model(source)
+    stores = default_stores(options.controllers or preset.data_dir / "controllers")
+    rows = _packed_rows(tokenizer, texts, preset.test_split, 512, options.max_rows, last_share=0.1)
+    items_source = options.items or preset.multiple_choice
+    items = load_multiple_choice(items_source, preset.test_split)
+    items = sample_items(items, min(options.count, len(items)), options.seed)
+    packed = torch.tensor(rows).to(model.device)
+    result = compare(model, tokenizer, packed, items, stores, rounds=options.rounds)
+    shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
+    print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
+    print(standard_pairs(result).round(5).to_string(index=False))
+    name = "baseline_comparison" if not options.model else f"baseline_comparison_{Path(source).name}"
+    about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(rows)}
+    about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
+    save_comparison(result, Path(options.out or preset.data_dir), name, about)
+
+
+def _packed_rows(tokenizer, texts, split, length, most, first_share=None, last_share=None) -> list[list[int]]:
+    """Rows of `length` tokens of a text source: of a file without splits only its first or last share."""
+    from helpers.corpora import load_stories, pack_tokens, split_holdout
+
+    stories = load_stories(texts, split)
+    if not texts.endswith(".jsonl"):
+        stories = split_holdout(stories, last_share or 1 - first_share)[1 if last_share else 0]
+    rows = pack_tokens(tokenizer(stories, verbose=False)["input_ids"], length)[:most]
+    if not rows:
+        raise ValueError(f"--texts {texts}: less than {length} tokens in the part that is read")
+    return rows
 
 
 def card(options: argparse.Namespace) -> None:
@@ -101,6 +160,20 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--last", type=float, default=0.1, help="share of the texts, from the end, that is read")
     command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of text at most")
     command.set_defaults(run=quality)
+
+    command = commands.add_parser("train", parents=[shared], help="train the controllers of a model (Part 2)")
+    command.add_argument(
+        "--rows", type=int, default=40, help="rows of 512 tokens of the first nine tenths of the texts"
+    )
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("compare", parents=[shared], help="all policies and baselines on one model (Part 4)")
+    command.add_argument("--controllers", help="folder of controllers instead of the preset's")
+    command.add_argument("--items", help="multiple-choice file or hub name instead of the preset's")
+    command.add_argument("--count", type=int, default=200, help="multiple-choice items, drawn at random")
+    command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of the last tenth of the texts")
+    command.add_argument("--rounds", type=int, default=3, help="rounds of timed decoding; 0 for none")
+    command.set_defaults(run=compare)
 
     command = commands.add_parser("card", help="measure the embedded pair again and rewrite its card")
     command.add_argument("--holdout-text", help="the story file whose last tenth was held out in training")

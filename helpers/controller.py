@@ -21,12 +21,19 @@ from torch import nn
 
 from helpers.features import TokenCounts, TokenFeatures
 from helpers.files import atomic_path, provenance, write_json
+from helpers.metrics import bootstrap_groups
 from helpers.packed_store import Demotion
 from helpers.policies import Policy, Step, Widths, check_steps, describe_kept, describe_schedule
 from helpers.quantization import WIDTHS
+from helpers.sensitivity import optimal_bits
 
 SEED_FEATURES = ("entropy", "rarity", "attn_var")
 COMMIT_FEATURES = (*SEED_FEATURES, "confidence", "surprisal", "key_error", "value_error")
+# Commit width and steps of the two schedules that rankings are compared on; ages and shares were chosen on stories
+# that neither training nor test uses (stories3M).
+QUALITY_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (8, (Step(2, 4), Step(5, 2, keep=1 / 4)))
+COMPACT_SCHEDULE: tuple[Widths, tuple[Step, ...]] = ((8, 4), (Step(3, (4, 2)), Step(6, (2, 2), keep=1 / 16)))
+SCHEDULES = (QUALITY_SCHEDULE, COMPACT_SCHEDULE)
 SETTLE_FEATURES = ("received", "key_error", "value_error", "key_error_size", "value_error_size", "place")
 RATES = tuple(np.arange(2.0, 16.01, 0.25))
 
@@ -343,7 +350,7 @@ class LearnedController(Policy):
         """
         if name == "settle":
             net, _ = Network.load(folder, name, SETTLE_FEATURES)
-            return cls(settle_net=net, commit=commit, steps=DEFAULT_STEPS if steps is None else steps)
+            return cls(settle_net=net, commit=commit, steps=QUALITY_SCHEDULE[1] if steps is None else steps)
         net, about = Network.load(folder, name, tuple(TokenFeatures.__dataclass_fields__))
         rates = {float(rate): float(price) for rate, price in about.get("rates", {}).items()}
         counts = TokenCounts({int(token): int(count) for token, count in about.get("token_counts", {}).items()})
@@ -387,9 +394,6 @@ class LearnedController(Policy):
         return self.settle_net(settle_inputs(demotion))[..., 0]
 
 
-DEFAULT_STEPS = (Step(3, 4), Step(6, 2, keep=0.25))
-
-
 def _shallow(controller: LearnedController) -> dict:
     return {name: getattr(controller, name) for name in controller.__dataclass_fields__}
 
@@ -403,5 +407,100 @@ def rate_table(network: Network, table: pd.DataFrame) -> dict[float, float]:
         price = price_for_average(log_p, average)
         reached = widths_at_price(log_p, price).double().mean().item()
         if abs(reached - average) < 0.1:
-            rates[round(average, 2)] = round(price, 6)
+            rates[float(average)] = round(price, 6)
     return rates
+
+
+def save_commit(network: Network, folder: str | Path, name: str, table: pd.DataFrame, about: dict[str, object]) -> None:
+    """Save a commit network with what its use needs: its rates on `table` and the token counts of its texts."""
+    counts = {int(token): int(count) for token, count in table["token_id"].value_counts().sort_index().items()}
+    network.save(folder, name, {**about, "rates": rate_table(network, table), "token_counts": counts})
+
+
+def rate_distortion(
+    costs: np.ndarray, probabilities: np.ndarray | None = None, averages: Sequence[float] = (2.5, 3, 3.5, 4, 5, 6, 8)
+) -> pd.DataFrame:
+    """Mean cost (nats a token) of the chosen widths at several averages: columns `bits`, `cost`, `blind`.
+
+    `costs` `[T, 4]`. Widths are those of the `probabilities` `[T, 4]` at a price, or without these the optimal ones.
+    `blind` is the cost of the same widths dealt out at random, exactly.
+    """
+    rows = []
+    for average in averages:
+        if probabilities is None:
+            widths, _ = optimal_bits(costs, average)
+        else:
+            log_p = torch.tensor(probabilities).clamp(min=1e-12).log()
+            widths = widths_at_price(log_p, price_for_average(log_p, average)).numpy()
+        at = np.searchsorted(WIDTHS, widths)
+        blind = np.bincount(at, minlength=len(WIDTHS)) / len(at) @ costs.mean(0)
+        rows.append({"bits": widths.mean(), "cost": costs[np.arange(len(at)), at].mean(), "blind": blind})
+    return pd.DataFrame(rows)
+
+
+def cross_validate_settle(
+    inputs: torch.Tensor, damage: torch.Tensor, text_ids: np.ndarray, folds: int = 4, seed: int = 0, **settings
+) -> torch.Tensor:
+    """Scores `[blocks, block]` for every block by networks that never saw its text; settings of `train_settle`."""
+    texts = np.random.default_rng(seed).permutation(np.unique(text_ids))
+    scores = torch.zeros(damage.shape)
+    for fold in range(folds):
+        held = torch.tensor(np.isin(text_ids, texts[fold::folds]))
+        rest = ~held
+        network, _ = train_settle(inputs[rest], damage[rest], text_ids[rest.numpy()], seed=seed + fold, **settings)
+        scores[held] = network(inputs[held])[..., 0]
+    return scores
+
+
+def shuffled_drops(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> pd.DataFrame:
+    """Permutation importance on held-out texts: `feature`, `drop` in accuracy (points) and its interval over texts.
+
+    Settings of `train_commit`. Each feature is shuffled among the rows of a held-out fold.
+    """
+    random = np.random.default_rng(seed)
+    texts = random.permutation(table["text_id"].unique())
+    lost: dict[str, list[np.ndarray]] = {}
+    groups = []
+    for fold in range(folds):
+        held = table["text_id"].isin(texts[fold::folds]).to_numpy()
+        network, _ = train_commit(table[~held], seed=seed + fold, **settings)
+        part = table[held]
+        labels = part[settings.get("label", "kv_bits")].to_numpy()
+        groups.append(part["text_id"].to_numpy())
+
+        def hits(inputs: pd.DataFrame, network=network, labels=labels) -> np.ndarray:
+            outputs = network(torch.tensor(inputs.to_numpy(np.float32)))
+            return (np.array(WIDTHS)[outputs.argmax(-1).numpy()] == labels).astype(float)
+
+        inputs = part[list(network.features)]
+        for name in network.features:
+            shuffled = inputs.assign(**{name: random.permutation(inputs[name].to_numpy())})
+            lost.setdefault(name, []).append(100 * (hits(inputs) - hits(shuffled)))
+    groups = np.concatenate(groups)
+    rows = []
+    for name, parts in lost.items():
+        values = np.concatenate(parts)
+        drop, low, high = bootstrap_groups(lambda i, v=values: v[i].mean(), groups)
+        rows.append({"feature": name, "drop": drop, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def write_controller_card(folder: str | Path) -> None:
+    """Write `README.md` beside the controllers of `folder`: what each reads, was trained on, and is for."""
+    lines = ["# Controllers", "", "Small networks that choose KV-cache widths; written by notebook 02.", ""]
+    lines += ["| controller | reads | hidden layers | label | trained for model |", "|---|---|---|---|---|"]
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        hidden = " x ".join(map(str, about["hidden"])) or "none"
+        lines.append(
+            f"| `{path.stem}` | {', '.join(about['features'])} | {hidden} | {about['label']} | {about['model']} |"
+        )
+    lines += [
+        "",
+        "`helpers.controller.LearnedController.load(folder, name)` reads them. Each is a safetensors file with the",
+        "means and scales of its inputs, and a JSON with everything else. They know one model: train your own with",
+        "`python main.py train`.",
+        "",
+    ]
+    with atomic_path(Path(folder) / "README.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")

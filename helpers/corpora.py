@@ -74,6 +74,17 @@ class Article:
 
 
 def _parse_item(record: dict, where: str) -> MultipleChoice:
+    """An item in the schema of HellaSwag, OpenBookQA (`question_stem`) or ARC (`question`)."""
+    if "choices" in record:
+        stem = "question_stem" if "question_stem" in record else "question"
+        _require(record, (stem, "choices", "answerKey"), where)
+        labels, endings = list(record["choices"]["label"]), tuple(record["choices"]["text"])
+        if record["answerKey"] not in labels:
+            raise ValueError(f"{where}: answerKey {record['answerKey']!r} is none of its choices {labels}")
+        context = record[stem].strip()
+        # ARC's questions end as questions do; a cue makes their choices read on.
+        context = context if stem == "question_stem" else f"Question: {context}\nAnswer:"
+        return MultipleChoice(context, endings, labels.index(record["answerKey"]))
     _require(record, ("ctx", "endings", "label"), where)
     endings, label = tuple(record["endings"]), str(record["label"])
     if not label.isdigit() or int(label) >= len(endings):
@@ -119,7 +130,7 @@ def read_records(path: str | Path, parse: Callable[[dict, str], T], split: str |
 
 
 def read_multiple_choice(path: str | Path, split: str | None = None) -> list[MultipleChoice]:
-    """Items of a JSONL file in HellaSwag's schema: `ctx`, `endings`, `label` (other fields are ignored)."""
+    """Items of a JSONL file in HellaSwag's schema (`ctx`, `endings`, `label`), OpenBookQA's or ARC's."""
     return read_records(path, _parse_item, split)
 
 
@@ -128,20 +139,32 @@ def read_articles(path: str | Path, split: str | None = None) -> list[Article]:
     return read_records(path, _parse_article, split)
 
 
-def load_multiple_choice(source: str, split: str = "validation") -> list[MultipleChoice]:
-    """HellaSwag-like items from a local JSONL file, or else from the hub data set of that name."""
+def load_multiple_choice(source: str, split: str | None = None) -> list[MultipleChoice]:
+    """Items from a local JSONL file, or else from the hub data set of that name (HellaSwag, OpenBookQA, ARC).
+
+    Of a local file, the records of `split` and those that name none; from the hub, `split` or "validation". A hub
+    configuration is named after a colon: `allenai/ai2_arc:ARC-Challenge`.
+    """
     if Path(source).is_file():
-        return read_multiple_choice(source)
-    return [_parse_item(record, f"{source}[{i}]") for i, record in enumerate(fetch_dataset(source, split))]
+        return read_multiple_choice(source, split)
+    return [_parse_item(record, f"{source}[{i}]") for i, record in enumerate(_fetch(source, split or "validation"))]
 
 
-def load_stories(source: str, split: str = "train", field: str = "text") -> list[str]:
-    """Texts from a local story or JSONL file, or else the `field` column of the hub data set of that name."""
+def load_stories(source: str, split: str | None = None, field: str = "text") -> list[str]:
+    """Texts from a local story or JSONL file, or else the `field` column of the hub data set of that name.
+
+    Splits as in `load_multiple_choice`; "train" where none is named. A story file is not split.
+    """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [item.text for item in read_multiple_choice(source)]
+        return [item.text for item in read_multiple_choice(source, split)]
     if Path(source).is_file():
         return read_stories(source)
-    return [record[field] for record in fetch_dataset(source, split) if record[field].strip()]
+    return [record[field] for record in _fetch(source, split or "train") if record[field].strip()]
+
+
+def _fetch(source: str, split: str):
+    name, _, config = source.partition(":")
+    return fetch_dataset(name, split, config or None)
 
 
 def pack_tokens(token_ids: Iterable[list[int]], length: int) -> list[list[int]]:
@@ -150,12 +173,16 @@ def pack_tokens(token_ids: Iterable[list[int]], length: int) -> list[list[int]]:
     return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
 
 
-def sample_texts(items: list[MultipleChoice], count: int, seed: int = 0) -> list[str]:
-    """`count` different items in seeded random order, each as context and true ending.
+def sample_items(items: list[MultipleChoice], count: int, seed: int = 0) -> list[MultipleChoice]:
+    """`count` different items in seeded random order; the first items of a set are often alike (HellaSwag's are).
 
-    The first items of a set are often alike (HellaSwag's are), so a sample is not its head. Raises `ValueError`
-    where there are fewer items.
+    Raises `ValueError` where there are fewer items.
     """
     if not 0 < count <= len(items):
         raise ValueError(f"count must lie between 1 and the number of items ({len(items)}), got {count}")
-    return [item.text for item in random.Random(seed).sample(items, count)]
+    return random.Random(seed).sample(items, count)
+
+
+def sample_texts(items: list[MultipleChoice], count: int, seed: int = 0) -> list[str]:
+    """`sample_items`, each as context and true ending."""
+    return [item.text for item in sample_items(items, count, seed)]

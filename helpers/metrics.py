@@ -1,6 +1,9 @@
 """Measures over plain tensors and arrays: agreement with full precision, accuracy, and their intervals."""
 
+from collections.abc import Callable
+
 import numpy as np
+import pandas as pd
 import torch
 
 
@@ -22,9 +25,63 @@ def bootstrap_mean(
 
     Pass per-text differences for a paired comparison.
     """
+    return _bootstrap(values, np.mean, resamples, level, seed)
+
+
+def bootstrap_median(
+    values: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Median of `values` with a percentile bootstrap interval: (median, low, high)."""
+    return _bootstrap(values, np.median, resamples, level, seed)
+
+
+def _bootstrap(values: np.ndarray, statistic, resamples: int, level: float, seed: int) -> tuple[float, float, float]:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be a non-empty list with one number a text, got shape {values.shape}")
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    low, high = np.quantile(statistic(values[draws], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(values)), float(low), float(high)
+
+
+def bootstrap_groups(
+    statistic: Callable[[np.ndarray], float],
+    groups: np.ndarray,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """`statistic(rows)` with an interval from resampling whole groups (texts): (value, low, high).
+
+    `statistic` takes an integer array of row numbers; `groups` `[rows]` names each row's text.
+    """
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    random = np.random.default_rng(seed)
+    values = [
+        statistic(np.concatenate([members[i] for i in random.integers(len(members), size=len(members))]))
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(np.arange(len(groups)))), float(low), float(high)
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over the classes that occur in `labels` of F1 = 2 TP / (2 TP + FP + FN)."""
+    scores = []
+    for kind in np.unique(labels):
+        hits = np.sum((labels == kind) & (predicted == kind))
+        scores.append(2 * hits / (np.sum(labels == kind) + np.sum(predicted == kind)))
+    return float(np.mean(scores))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their mean rank."""
+    return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
+
+
+def classification_scores(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> dict[str, tuple]:
+    """`accuracy` and `macro-F1`, each (value, low, high) with whole `groups` (texts) resampled."""
+    return {
+        "accuracy": bootstrap_groups(lambda rows: float(np.mean(labels[rows] == predicted[rows])), groups),
+        "macro-F1": bootstrap_groups(lambda rows: macro_f1(labels[rows], predicted[rows]), groups),
+    }

@@ -24,6 +24,8 @@ class Preset:
     model: str
     multiple_choice: str
     stories: str
+    train_split: str = "train"  # of the multiple-choice items: what controllers learn from
+    test_split: str = "validation"  # what everything is measured on
 
     @property
     def data_dir(self) -> Path:
@@ -43,6 +45,7 @@ PRESETS = {
         model=str(ROOT / "data/models/large"),
         multiple_choice=str(ROOT / "data/samples/stories.jsonl"),
         stories=str(ROOT / "data/samples/stories.jsonl"),
+        test_split="test",
     ),
     "smollm": Preset("smollm", "HuggingFaceTB/SmolLM-360M", "Rowan/hellaswag", "roneneldan/TinyStories"),
     "llama": Preset(

@@ -4,6 +4,7 @@ Two readings of "most likely", as in the Language Model Evaluation Harness: the 
 ending's tokens (`acc`), and that sum over the ending's length in bytes (`acc_norm`).
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,44 +12,81 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, QuantizedCache
 
 from helpers.corpora import MultipleChoice
+from helpers.features import surprisal
+from helpers.stores import AnyStore
 
 
 @torch.no_grad()
 def ending_log_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: MultipleChoice
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    item: MultipleChoice,
+    store: AnyStore | None = None,
+    text: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihood (nats) of each ending after the context, and each ending's length in bytes.
 
-    An ending's tokens are those that follow the context's in the tokens of both together; a text longer than the
-    model's context loses its beginning. Raises `ValueError` for an item with an empty context or ending.
+    Without `store`, one full-precision forward. With it, the context is read and committed to the cache first, and a
+    second pass over the endings reads what the cache made of it: a cache's first forward sees nothing quantized. An
+    ending's tokens are those that follow the context's in the tokens of both together; a text longer than the model's
+    context loses its beginning. Raises `ValueError` for an item with an empty context or ending.
     """
     if not item.context.strip() or not all(ending.strip() for ending in item.endings):
         raise ValueError(f"a multiple-choice item needs a context and endings, got {item}")
     limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    prefix = len(tokenizer(item.context, verbose=False)["input_ids"])
-    rows = [tokenizer(f"{item.context} {e}", verbose=False)["input_ids"] for e in item.endings]
-    scored = [len(row) - prefix for row in rows]
-    rows = [row[-limit:] for row in rows]
+    context = tokenizer(item.context, verbose=False)["input_ids"]
+    rows = [tokenizer(f"{item.context} {e}", verbose=False)["input_ids"][len(context) :] for e in item.endings]
+    context = context[-(limit - max(map(len, rows))) :]
     width = max(map(len, rows))
     # Padding on the right: under causal attention no token ever sees it.
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    log_p = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    sums = []
-    for row, (tokens, count) in enumerate(zip(rows, scored, strict=True)):
-        at = torch.arange(len(tokens) - count, len(tokens), device=model.device)
-        sums.append(log_p[row, at - 1, ids[row, at]].sum().item())
+    endings = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    read = torch.tensor([context], device=model.device)
+    if store is None:
+        ids = torch.cat([read.expand(len(rows), -1), endings], dim=1)
+        logits = model(input_ids=ids).logits[:, len(context) - 1 : -1]
+    else:
+        cache, driver = store.open(model, text)
+        first = model(input_ids=read, past_key_values=cache).logits
+        if driver is not None:
+            driver.observe(read, first)
+        logits = torch.cat([first[:, -1:].expand(len(rows), -1, -1), _second_pass(model, cache, endings)], dim=1)
+    log_p = -surprisal(logits, endings)
+    sums = [log_p[number, : len(row)].sum().item() for number, row in enumerate(rows)]
     return np.array(sums), np.array([len(ending.encode()) for ending in item.endings])
 
 
+def _second_pass(model: PreTrainedModel, cache: Cache, endings: torch.Tensor) -> torch.Tensor:
+    """Logits `[endings, width - 1, vocabulary]` at all but the last token of each ending, after the cached context."""
+    ids = endings[:, :-1]
+    if not ids.shape[1]:
+        return endings.new_zeros(len(ids), 0, model.config.vocab_size, dtype=model.dtype)
+    if isinstance(cache, QuantizedCache):  # its rows cannot be repeated, but an update leaves old tensors alone
+        parts = []
+        for row in ids:
+            branch = copy.copy(cache)
+            branch.layers = [copy.copy(layer) for layer in cache.layers]
+            parts.append(model(input_ids=row[None], past_key_values=branch).logits)
+        return torch.cat(parts)
+    cache.batch_repeat_interleave(len(ids))
+    return model(input_ids=ids, past_key_values=cache).logits
+
+
 def score_items(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[MultipleChoice]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[MultipleChoice],
+    store: AnyStore | None = None,
 ) -> pd.DataFrame:
-    """One row an item: `acc` and `acc_norm`, each 1.0 where the true ending came out on top."""
+    """One row an item: `acc` and `acc_norm`, each 1.0 where the true ending came out on top.
+
+    With `store`, contexts are read through its cache (see `ending_log_likelihoods`).
+    """
     rows = []
-    for item in tqdm(items, desc="multiple choice", leave=False):
-        sums, lengths = ending_log_likelihoods(model, tokenizer, item)
+    for number, item in enumerate(tqdm(items, desc="multiple choice", leave=False)):
+        sums, lengths = ending_log_likelihoods(model, tokenizer, item, store, number)
         rows.append(
             {
                 "acc": float(sums.argmax() == item.label),

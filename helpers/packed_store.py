@@ -63,7 +63,7 @@ class Bucket:
     `fields` holds `key_codes`, `value_codes` (uint8), `key_scales`, `value_scales` (float16 `[..., 2]`, absent at
     16 bits), `token` (uint8, index of the slot's token in its block, or `EMPTY`), `block_start`
     (int32 `[1, B, 1, capacity]`, position of the block's first token) and, where attention is recorded,
-    `received` (float32). Rows may be filled unequally: `fill[row]` is the row's end, and slots beyond are `EMPTY`.
+    `received` (float16). Rows may be filled unequally: `fill[row]` is the row's end, and slots beyond are `EMPTY`.
     """
 
     stage: Stage
@@ -294,7 +294,7 @@ class PackedStore:
                 "block_start": block_start,
             }
             if received is not None:
-                content["received"] = received
+                content["received"] = received.half()  # sums of at most a few thousand shares: half precision will do
             bucket = self._bucket(Stage(*widths, pending))
             bucket.append(content)
             if pending:
@@ -355,7 +355,8 @@ class PackedStore:
             moved |= coded
         if keep:
             if callable(scores):
-                scores = scores(Demotion(self.layers, taken[0][0], size, errors["key"], errors["value"], received))
+                known = None if received is None else received.float()
+                scores = scores(Demotion(self.layers, taken[0][0], size, errors["key"], errors["value"], known))
             if scores.shape != content["token"].shape:
                 raise ValueError(
                     f"scores must have shape {list(content['token'].shape)} (layers, rows, heads, tokens of the "

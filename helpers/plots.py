@@ -16,6 +16,18 @@ from helpers.quantization import WIDTHS
 WIDTH_COLOURS = dict(zip(WIDTHS, ("#440154", "#31688e", "#35b779", "#fde725"), strict=True))
 WIDTH_INK = dict(zip(WIDTHS, ("white", "white", "black", "black"), strict=True))
 SIZE = (6.4, 3.6)
+BLUE, VERMILION = "#31688e", "#d55e00"
+CURVE_COLOURS = ("black", VERMILION, BLUE, "#cc79a7")
+# One colour and marker per kind of method, in every figure (Okabe and Ito's colours).
+GROUP_STYLES = {
+    "full precision": ("black", "*"),
+    "static": ("#0072b2", "o"),
+    "rule": ("#e69f00", "s"),
+    "schedule": ("#009e73", "^"),
+    "learned at commit": ("#cc79a7", "D"),
+    "learned at settle": ("#d55e00", "P"),
+    "stock": ("0.45", "X"),
+}
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
@@ -84,10 +96,16 @@ def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: 
     return figure
 
 
+def _width_look(bits: float) -> tuple[str, str]:
+    """Colour and ink of a width; of an average width, those of the nearest width on a logarithmic scale."""
+    nearest = WIDTHS[int(np.abs(np.log2(WIDTHS) - np.log2(bits)).argmin())]
+    return WIDTH_COLOURS[nearest], WIDTH_INK[nearest]
+
+
 def tokens_by_width(
-    tokens: Sequence[str], widths: Sequence[int], title: str, subtitle: str, size_inches: float = 8.0
+    tokens: Sequence[str], widths: Sequence[float], title: str, subtitle: str, size_inches: float = 8.0
 ) -> Figure:
-    """A text as boxes, one a token, coloured by its width, with the number of bits under it."""
+    """A text as boxes, one a token, coloured by its (average) width, with the number of bits under it."""
     figure = plt.figure(figsize=(size_inches, 2.0))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
@@ -101,16 +119,17 @@ def tokens_by_width(
         text.remove()
         if x + width > 0.99:
             x, row = 0.01, row + 1
-        places.append((x, row, shown, int(bits)))
+        places.append((x, row, shown, float(bits)))
         x += width + 0.003
     rows = row + 1
     height = 0.75 + 0.42 * rows
     figure.set_size_inches(size_inches, height)
     for x, row, shown, bits in places:
         y = 1 - (0.85 + 0.42 * row) / height
-        axes.text(x + 0.008, y, shown, fontsize=9.5, color=WIDTH_INK[bits], va="baseline",
-                  bbox={"facecolor": WIDTH_COLOURS[bits], "edgecolor": "none", "pad": 2.2})  # fmt: skip
-        axes.text(x + 0.008, y - 0.145 / height, str(bits), fontsize=6.5, color="0.25", va="baseline")
+        colour, ink = _width_look(bits)
+        axes.text(x + 0.008, y, shown, fontsize=9.5, color=ink, va="baseline",
+                  bbox={"facecolor": colour, "edgecolor": "none", "pad": 2.2})  # fmt: skip
+        axes.text(x + 0.008, y - 0.145 / height, f"{bits:.3g}", fontsize=6.5, color="0.25", va="baseline")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.text(0.01, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", va="center")
@@ -121,10 +140,169 @@ def tokens_by_width(
 def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
     """Training loss (`loss` in nats per token over `tokens` seen) of each model."""
     figure, axes = _frame(title, subtitle)
-    for (name, log), colour, dash in zip(logs.items(), ("#31688e", "#d55e00"), ("-", "--"), strict=False):
+    for (name, log), colour, dash in zip(logs.items(), (BLUE, VERMILION), ("-", "--"), strict=False):
         axes.plot(log["tokens"] / 1e6, log["loss"], dash, color=colour, label=name)
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("training loss (nats per token)")
     axes.set_ylim(top=min(axes.get_ylim()[1], 4.0))
     axes.legend(frameon=False)
+    return figure
+
+
+def learning_curves(histories: dict[str, object], title: str, subtitle: str) -> Figure:
+    """Training and validation loss of several `controller.History`, one panel each; a dot marks the kept epoch."""
+    figure, panels = plt.subplots(1, len(histories), figsize=(2.7 * len(histories) + 0.6, 3.1), layout="constrained")
+    for axes, (name, history) in zip(np.atleast_1d(panels), histories.items(), strict=True):
+        axes.plot(history.train, color=BLUE, label="training")
+        axes.plot(history.validation, "--", color=VERMILION, label="held-out texts")
+        axes.plot(history.best, history.validation[history.best], "o", color=VERMILION, markersize=5)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(panels)[0].set_ylabel("loss")
+    np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8.5, color="0.35")
+    return figure
+
+
+def confusion_matrices(pairs: dict[str, tuple[Sequence[int], Sequence[int]]], title: str, subtitle: str) -> Figure:
+    """Counts and row shares of (label, predicted) widths, one panel a controller."""
+    figure, panels = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs) + 0.4, 3.9), layout="constrained")
+    for axes, (name, (labels, predicted)) in zip(np.atleast_1d(panels), pairs.items(), strict=True):
+        counts = np.array([[np.sum((labels == a) & (predicted == b)) for b in WIDTHS] for a in WIDTHS])
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        text = np.array([[f"{c}\n{s:.0%}" for c, s in zip(*row, strict=True)] for row in zip(counts, shares)])
+        sns.heatmap(shares, annot=text, fmt="", cmap="Blues", vmin=0, vmax=1, square=True, cbar=False, ax=axes,
+                    xticklabels=WIDTHS, yticklabels=WIDTHS, annot_kws={"fontsize": 8.5})  # fmt: skip
+        axes.set_title(name, fontsize=9.5, loc="left")
+        axes.set_xlabel("predicted bits")
+        axes.set_ylabel("label (bits)")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8.5, color="0.35")
+    return figure
+
+
+def importances(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
+    """Bars of `drop` with intervals (`low`, `high`) for each `feature`, one colour a `controller`."""
+    figure, axes = _frame(title, subtitle, (6.4, 0.32 * len(table) + 1.6))
+    names = [f"{row.feature}  ({row.controller})" for row in table.itertuples()]
+    errors = np.stack([table["drop"] - table["low"], table["high"] - table["drop"]])
+    colours = [BLUE if kind == table["controller"].iloc[0] else VERMILION for kind in table["controller"]]
+    axes.barh(names, table["drop"], color=colours, height=0.65, xerr=errors, error_kw={"linewidth": 1})
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_xlabel("loss of accuracy when the feature is shuffled (points)")
+    return figure
+
+
+def reliability(panels: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8) -> Figure:
+    """Share that is right against the probability that the controller gave its choice; equal-count bins."""
+    figure, axes = _frame(title, subtitle, (5.2, 4.2))
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    for (name, (confidence, right)), colour, marker in zip(panels.items(), (BLUE, VERMILION), "os", strict=False):
+        order = np.array_split(np.argsort(confidence), bins)
+        points = [(confidence[i].mean(), right[i].mean(), 1.96 * right[i].std() / len(i) ** 0.5) for i in order]
+        x, y, half = np.array(points).T
+        axes.errorbar(x, y, half, fmt=f"{marker}-", color=colour, markersize=5, linewidth=1.2, label=name)
+    axes.set_xlabel("probability of the chosen width")
+    axes.set_ylabel("share that matches the label")
+    axes.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+def rate_distortion(curves: dict[str, pd.DataFrame], points: dict[str, tuple[float, float]], title: str,
+                    subtitle: str) -> Figure:  # fmt: skip
+    """Cost against average bits: `curves` with columns `bits` and `cost`, `points` (bits, cost) by name."""
+    figure, axes = _frame(title, subtitle, (6.4, 4.2))
+    for (name, curve), colour, style in zip(curves.items(), CURVE_COLOURS, ("o-", "s--", "^-.", "D:"), strict=False):
+        axes.plot(curve["bits"], curve["cost"], style, color=colour, markersize=4, linewidth=1.3, label=name)
+    for name, (bits, cost) in points.items():
+        axes.plot(bits, cost, "x", color="black", markersize=7)
+        axes.annotate(name, (bits, cost), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("average width (bits)")
+    axes.set_ylabel("mean cost per token (nats)")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def pareto(table: pd.DataFrame, x: str, y: str, labels: dict[str, str], title: str, subtitle: str,
+           log: bool = False) -> Figure:  # fmt: skip
+    """Methods as points coloured by `group`, `y` with its interval (`y_low`, `y_high`); a number names each method."""
+    figure, axes = _frame(title, subtitle, (8.6, 4.6))
+    lines = []
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        colour, marker = GROUP_STYLES.get(row["group"], ("black", "o"))
+        error = [[max(row[y] - row[f"{y}_low"], 0)], [max(row[f"{y}_high"] - row[y], 0)]]
+        axes.errorbar(row[x], row[y], error, fmt=marker, color=colour, markersize=6, linewidth=1)
+        axes.annotate(str(number), (row[x], row[y]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        handle = plt.Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5)
+        lines.append((handle, f"{number}  {row['method']}"))
+    axes.set_yscale("log" if log else "linear")
+    axes.set_xlabel(labels[x])
+    axes.set_ylabel(labels[y])
+    handles, names = zip(*lines, strict=True)
+    axes.legend(handles, names, frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subtitle: str) -> Figure:
+    """Live bytes and time per token against context length, one line a method; `styles`: method -> group."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.9), layout="constrained")
+    dashes = ("-", "--", "-.", ":")
+    for number, (name, part) in enumerate(table.groupby("method", sort=False)):
+        colour, marker = GROUP_STYLES[styles[name]]
+        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3}
+        left.plot(part["tokens"], part["live_bytes"] / 2**20, dashes[number % 4], label=name, **look)
+        right.plot(part["tokens"], part["latency_ms"], dashes[number % 4], **look)
+    for axes, label in ((left, "live bytes of the cache (MiB)"), (right, "time per token (ms)")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("context (tokens)")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_yscale("log", base=2)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.text(0.01, 0.925, subtitle, fontsize=8.5, color="0.35")
+    return figure
+
+
+def bytes_over_text(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
+    """`live_bytes` and `stored_bytes` of each `method` (with its `group`) against `tokens` read."""
+    figure, axes = _frame(title, subtitle)
+    for name, part in table.groupby("method", sort=False):
+        colour, _ = GROUP_STYLES[part["group"].iloc[0]]
+        axes.plot(part["tokens"], part["stored_bytes"] / 1024, color=colour, linewidth=1.4, label=name)
+        axes.plot(part["tokens"], part["live_bytes"] / 1024, ":", color=colour, linewidth=1.2)
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("cache (KiB); dotted: without spare capacity")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def kl_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
+    """Bars of `kl` with interval for each `method`, coloured by `group`, on a logarithmic axis."""
+    figure, axes = _frame(title, subtitle, (7.6, 0.27 * len(table) + 1.5))
+    errors = np.stack([table["kl"] - table["kl_low"], table["kl_high"] - table["kl"]])
+    colours = [GROUP_STYLES[group][0] for group in table["group"]]
+    axes.barh(table["method"], table["kl"], xerr=errors, color=colours, height=0.65, error_kw={"linewidth": 1})
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("KL to full precision (nats per token)")
+    axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def latency_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
+    """Median time per token of each `method` with its interval, coloured by `group`."""
+    figure, axes = _frame(title, subtitle, (7.6, 0.27 * len(table) + 1.5))
+    errors = np.stack([table["latency_ms"] - table["latency_low"], table["latency_high"] - table["latency_ms"]]).clip(
+        min=0
+    )
+    colours = [GROUP_STYLES[group][0] for group in table["group"]]
+    axes.barh(table["method"], table["latency_ms"], xerr=errors, color=colours, height=0.65, error_kw={"linewidth": 1})
+    axes.invert_yaxis()
+    axes.set_xlabel("median time per token (ms)")
+    axes.tick_params(axis="y", labelsize=8)
     return figure

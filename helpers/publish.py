@@ -17,6 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from helpers.explorers import STATIC
 from helpers.files import ROOT, atomic_path
 from helpers.models import DEFAULT_PRESET, get_preset
 
@@ -62,7 +63,7 @@ def publish(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     # Progress bars are for those who watch; on paper they would stand still.
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "TQDM_DISABLE": "1", STATIC: "1"}
     resources = {"metadata": {"path": path.parent}}
     client = NotebookClient(
         notebook, timeout=None, record_timing=False, resources=resources, extra_arguments=["--log-level=ERROR"]

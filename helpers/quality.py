@@ -7,7 +7,6 @@ last tenth of a story file, packed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,25 +14,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from helpers.generation import PolicyDriver, score_blocks
-from helpers.kv_cache import PackedKVCache
+from helpers.features import surprisal
+from helpers.generation import score_blocks
 from helpers.metrics import bootstrap_mean, kl_divergence, next_token_hits
-from helpers.policies import FixedBits, Policy
-
-
-@dataclass(frozen=True)
-class Store:
-    """One way to store the cache: a policy, a block and a quantizer."""
-
-    policy: Policy
-    block: int = 16
-    quantizer: str = "rotated"
-
-    @property
-    def name(self) -> str:
-        plain = ", plain min-max" if self.quantizer == "minmax" else ""
-        return f"{self.policy.name}, block {self.block}{plain}"
-
+from helpers.policies import FixedBits
+from helpers.quantization import WIDTHS
+from helpers.stores import AnyStore, Store, code_bits, live_bytes, stored_bytes
 
 SAMPLED_STORES = (
     Store(FixedBits(4), 1, "minmax"),
@@ -75,30 +61,50 @@ def sample_sequences(model: PreTrainedModel, count: int, length: int, seed: int 
 
 @torch.no_grad()
 def measure_store(
-    model: PreTrainedModel, sequences: torch.Tensor, store: Store, first: int = 0, batch: int = 25
+    model: PreTrainedModel, sequences: torch.Tensor, store: AnyStore, first: int = 0, batch: int = 25
 ) -> dict[str, object]:
-    """KL and accuracy of one store on `sequences` `[count, tokens]`, over the positions from `first` on.
+    """Quality of one store on `sequences` `[count, tokens]`, over the positions from `first` on.
 
-    Returns per-sequence arrays `kl` (nats) and `accuracy`, and the averages `code_bits` and `bits_per_element` of
-    the cache as the last token sees it, its tail counted.
+    Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); the averages
+    `code_bits`, `bits_per_element` and `live_bytes` (of one sequence) of the cache as the last token sees it, its tail
+    counted; `peak_bytes`, the most that one sequence ever held with spare capacity; and `widths`, the shares of 2,
+    4, 8 and 16 bits among the widths chosen at commit.
     """
-    results: dict[str, list] = {"kl": [], "accuracy": [], "code_bits": [], "bits_per_element": []}
-    for rows in tqdm(sequences.split(batch), desc=store.name, leave=False):
+    results: dict[str, list] = {name: [] for name in ("kl", "accuracy", "loss")}
+    held: dict[str, list] = {name: [] for name in ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")}
+    widths = np.zeros(len(WIDTHS))
+    for number, rows in enumerate(tqdm(sequences.split(batch), desc=store.name, leave=False)):
         reference = model(input_ids=rows).logits
-        cache = PackedKVCache(model.config, block=store.block, quantizer=store.quantizer)
-        driver = PolicyDriver(model, cache, store.policy)
-        kl, hits = [], []
+        cache, driver = store.open(model, number)
+        kl, hits, losses, peak = [], [], [], 0
         for span, logits in score_blocks(model, rows, cache, driver, store.block):
             kl.append(kl_divergence(reference[:, span], logits))
             following = rows[:, span.start + 1 : span.stop + 1]
-            hits.append(next_token_hits(logits[:, : following.shape[1]], following))
-            widths = cache.code_bits(), cache.bits_per_element()
-        results["kl"] += torch.cat(kl, 1)[:, first:].mean(1).tolist()
-        results["accuracy"] += torch.cat(hits, 1)[:, first:].float().mean(1).tolist()
-        results["code_bits"].append(widths[0])
-        results["bits_per_element"].append(widths[1])
-    means = {name: float(np.mean(results[name])) for name in ("code_bits", "bits_per_element")}
-    return {"kl": np.array(results["kl"]), "accuracy": np.array(results["accuracy"]), **means}
+            logits = logits[:, : following.shape[1]]
+            hits.append(next_token_hits(logits, following))
+            losses.append(surprisal(logits, following))
+            peak = max(peak, stored_bytes(cache))
+            now = code_bits(cache), live_bytes(cache)  # before this block is committed
+        held["code_bits"].append(now[0])
+        held["bits_per_element"].append(8 * now[1] / (2 * rows.numel() * _numbers_per_token(model)))
+        held["live_bytes"].append(now[1] / len(rows))
+        held["peak_bytes"].append(peak / len(rows))
+        for name, parts in (("kl", kl), ("accuracy", hits), ("loss", losses)):
+            results[name] += torch.cat(parts, 1)[:, first:].double().mean(1).tolist()
+        if driver is not None and driver.chosen:
+            chosen = torch.cat([c.cpu() for c in driver.chosen], dim=1)
+            widths += [(chosen == bits).sum().item() for bits in WIDTHS]
+    means = {name: float(np.mean(values)) for name, values in held.items()}
+    arrays = {name: np.array(values) for name, values in results.items()}
+    return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
+
+
+def _numbers_per_token(model: PreTrainedModel) -> int:
+    """Key (or value) numbers that a token has in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers * heads * head_dim
 
 
 def full_precision_accuracy(model: PreTrainedModel, sequences: torch.Tensor, first: int, batch: int = 25) -> np.ndarray:
@@ -126,7 +132,8 @@ def quality_table(
                 "text": text,
                 "sequences": len(sequences),
                 "tokens": sequences.shape[1],
-                "store": store.name,
+                "store": f"{store.policy.name}, block {store.block}"
+                + ", plain min-max" * (store.quantizer == "minmax"),
                 "code_bits": measured["code_bits"],
                 "bits_per_element": measured["bits_per_element"],
                 "kl": kl,

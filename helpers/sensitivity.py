@@ -223,29 +223,32 @@ def optimal_bits(
 def head_costs(
     model: PreTrainedModel,
     ids: Sequence[int],
-    source: tuple[int, int],
-    target: tuple[int, int],
-    after: int,
+    moves: Sequence[tuple[tuple[int, int], tuple[int, int], int]],
     block: int = 16,
     samples: int = 4,
     segment: int = 64,
     seed: int = 0,
-) -> np.ndarray:
-    """Estimated rise of KL when one head alone moves one token from `source` to `target` widths, `[L, H, T]`.
+) -> list[np.ndarray]:
+    """Estimated rise of KL when one head alone moves one token to other widths, `[L, H, T]` for each of `moves`.
 
-    Summed over the segments of predictions that begin once `after` blocks have followed the token's own, to the end
-    of the text; NaN for tokens that are followed by none. `source` and `target` are (key bits, value bits).
+    A move is (source, target, after), widths as (key bits, value bits). The rise is summed over the segments of
+    predictions that begin once `after` blocks have followed the token's own, to the end of the text; NaN for tokens
+    that no such segment follows.
     """
     gradients = FisherGradients(model, ids, segment, samples, seed)
     states = gradients.states
-    key, value = (states.stored(s, t) - states.stored(s, f) for s, f, t in zip(("key", "value"), source, target))
-    layers, _, heads, tokens, _ = key.shape
-    costs = torch.full((layers, heads, tokens), torch.nan, dtype=torch.float64)
-    settled_at = (torch.arange(tokens) // block + 1 + after) * block
+    changes = [
+        tuple(states.stored(s, t) - states.stored(s, f) for s, f, t in zip(("key", "value"), source, target))
+        for source, target, _ in moves
+    ]
+    layers, _, heads, tokens, _ = states.keys.shape
+    own = torch.arange(tokens) // block
+    costs = [torch.full((layers, heads, tokens), torch.nan, dtype=torch.float64) for _ in moves]
     for start, by_key, by_value in gradients:
         seen = by_key.shape[3]
-        rise = (by_key * key[:, :, :, :seen]).sum(-1) + (by_value * value[:, :, :, :seen]).sum(-1)
-        rise = rise.square().mean(1).div(2).double().cpu()
-        counted = settled_at[:seen] <= start
-        costs[:, :, :seen] = torch.where(counted, costs[:, :, :seen].nan_to_num(0.0) + rise, costs[:, :, :seen])
-    return costs.numpy()
+        for cost, (key, value), (_, _, after) in zip(costs, changes, moves):
+            rise = (by_key * key[:, :, :, :seen]).sum(-1) + (by_value * value[:, :, :, :seen]).sum(-1)
+            rise = rise.square().mean(1).div(2).double().cpu()
+            counted = (own[:seen] + 1 + after) * block <= start
+            cost[:, :, :seen] = torch.where(counted, cost[:, :, :seen].nan_to_num(0.0) + rise, cost[:, :, :seen])
+    return [cost.numpy() for cost in costs]

@@ -10,7 +10,8 @@ from helpers.corpora import pack_tokens, read_stories, split_holdout
 from helpers.metrics import bootstrap_mean, kl_divergence, next_token_hits
 from helpers.models import load_model
 from helpers.policies import FixedBits
-from helpers.quality import Store, full_precision_accuracy, measure_store, quality_table, sample_sequences
+from helpers.quality import full_precision_accuracy, measure_store, quality_table, sample_sequences
+from helpers.stores import Store
 
 
 def test_kl_by_hand():

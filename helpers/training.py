@@ -6,6 +6,7 @@ a schedule and joins what was known of every token in every head with the damage
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from helpers.controller import settle_inputs
+from helpers.controller import (
+    COMMIT_FEATURES,
+    SCHEDULES,
+    SEED_FEATURES,
+    LossWeights,
+    save_commit,
+    settle_inputs,
+    train_commit,
+    train_settle,
+    write_controller_card,
+)
 from helpers.features import TokenFeatures, surprisal
+from helpers.files import atomic_path
 from helpers.generation import PolicyDriver, score_blocks
 from helpers.kv_cache import PackedKVCache
 from helpers.packed_store import CENTRE_TOKENS, Demotion
@@ -22,6 +34,7 @@ from helpers.policies import AgeSchedule
 from helpers.quantization import WIDTHS
 from helpers.sensitivity import HORIZON, exact_costs, head_costs, optimal_bits, text_states
 
+SETTLE_LABEL = "relative damage of a demotion in one head"
 COST_COLUMNS = [f"cost_{bits}" for bits in WIDTHS]
 
 
@@ -102,8 +115,14 @@ def settle_examples(
     `ValueError` where no text is long enough to have any.
     """
     columns: dict[str, list] = {name: [] for name in SettleExamples.__dataclass_fields__}
+    moves = []
+    for schedule in schedules:
+        stages = [schedule.commit, *(step.bits for step in schedule.steps)]
+        source, target = (bits if isinstance(bits, tuple) else (bits, bits) for bits in stages[-2:])
+        moves.append((source, target, schedule.steps[-1].after))
     for text_id, ids in enumerate(tqdm(texts, desc="demotions", leave=False)):
-        for number, schedule in enumerate(schedules):
+        damages = head_costs(model, ids, moves, block, samples, seed=seed + text_id)
+        for number, (schedule, damage) in enumerate(zip(schedules, damages)):
             recorder = _Recorder(schedule.commit, schedule.steps, "attention x error")
             object.__setattr__(recorder, "seen", [])
             cache = PackedKVCache(model.config, block=block)
@@ -111,11 +130,6 @@ def settle_examples(
             row = torch.tensor([list(ids)], device=model.device)
             for _ in score_blocks(model, row, cache, driver, block):
                 pass
-            stages = [schedule.commit, *(step.bits for step in schedule.steps)]
-            source, target = (b if isinstance(b, tuple) else (b, b) for b in stages[-2:])
-            damage = head_costs(
-                model, ids, source, target, schedule.steps[-1].after, block, samples, seed=seed + text_id
-            )
             for seen in recorder.seen:
                 stop = seen.start + seen.key_error.shape[-1]
                 by_block = torch.tensor(damage[:, :, seen.start : stop]).unflatten(-1, (-1, block)).flatten(0, 2)
@@ -139,3 +153,46 @@ def settle_examples(
             for name, parts in columns.items()
         }
     )
+
+
+def commit_tasks(table: pd.DataFrame, price: float) -> dict[str, dict]:
+    """Settings of `controller.train_commit` for the two tasks: "seed" copies the rule, "commit" learns `optimal_bits`.
+
+    For the latter, cost and quality enter the loss in the proportion of `price`, the lambda of `measure_costs`.
+    """
+    cost_weight = max(WIDTHS) * price / table[COST_COLUMNS[0]].mean()
+    return {
+        "seed": {"features": SEED_FEATURES, "label": "kv_bits", "weights": LossWeights()},
+        "commit": {"features": COMMIT_FEATURES, "label": "optimal_bits", "weights": LossWeights(1.0, cost_weight, 1.0)},
+    }
+
+
+def train_controllers(
+    model: PreTrainedModel,
+    table: pd.DataFrame,
+    rows: Sequence[Sequence[int]],
+    folder: str | Path,
+    model_name: str,
+    seed: int = 0,
+    schedules: Sequence[AgeSchedule] = tuple(AgeSchedule(*schedule) for schedule in SCHEDULES),
+) -> pd.DataFrame:
+    """Train and save the three controllers of a model into `folder`; what notebook 02 does step by step.
+
+    `table` is a result of `collection.collect`, `rows` are token ids of longer texts for the settle network. Returns
+    the held-out loss and epoch of each.
+    """
+    costs, price = measure_costs(model, table)
+    with atomic_path(Path(folder) / "costs.csv") as temporary:
+        costs.to_csv(temporary, index=False, float_format="%.6g")
+    summary = []
+    for name, task in commit_tasks(costs, price).items():
+        network, history = train_commit(costs, **task, seed=seed)
+        about = {"label": task["label"], "model": model_name, "weights": vars(task["weights"])}
+        save_commit(network, folder, name, costs, about)
+        summary.append({"controller": name, "epoch": history.best, "held-out loss": history.validation[history.best]})
+    examples = settle_examples(model, rows, schedules, seed=seed)
+    network, history = train_settle(examples.inputs, examples.damage, examples.text_ids, seed=seed)
+    network.save(folder, "settle", {"label": SETTLE_LABEL, "model": model_name})
+    summary.append({"controller": "settle", "epoch": history.best, "held-out loss": history.validation[history.best]})
+    write_controller_card(folder)
+    return pd.DataFrame(summary)

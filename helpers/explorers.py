@@ -1,0 +1,83 @@
+"""Widgets for JupyterLab over precomputed tables: nothing is computed by a model while a slider moves.
+
+`publish` removes what widgets draw, since GitHub cannot show it; each notebook shows the same as static figures first.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers import plots
+
+STATIC = "HELPERS_STATIC"  # set by `publish`: say that there is a widget instead of building it
+
+
+def show(build: Callable[[], object]) -> None:
+    """Display the widget that `build` makes, or on paper a line that says where to find it."""
+    if os.environ.get(STATIC):
+        print("(interactive: open this notebook in JupyterLab and run this cell)")
+        return
+    from IPython.display import display
+
+    display(build())
+
+
+def width_explorer(followed: pd.DataFrame, tokens: Sequence[str], shown: int = 96):
+    """Dropdown of methods and slider over the text: each token's width after so many tokens were read.
+
+    `followed` is a result of `comparison.follow_text`, `tokens` the text of each token; the `shown` newest are drawn.
+    """
+    import ipywidgets as widgets
+
+    lengths = sorted(followed["tokens"].unique())
+    method = widgets.Dropdown(options=list(followed["method"].unique()), description="policy")
+    read = widgets.SelectionSlider(options=lengths, value=lengths[-1], description="tokens read")
+    return _explorer(lambda: widths_after(followed, tokens, method.value, read.value, shown), [method, read])
+
+
+def widths_after(followed: pd.DataFrame, tokens: Sequence[str], method: str, read: int, shown: int = 96) -> Figure:
+    """What `width_explorer` draws for one method after `read` tokens."""
+    row = followed[(followed["method"] == method) & (followed["tokens"] == read)].iloc[0]
+    first = max(0, read - shown)
+    bits = row["bits"][first:read]
+    about = f"{method}; {row['live_bytes'] / 1024:.0f} KiB, {sum(row['bits']) / read:.2f} bits on average"
+    return plots.tokens_by_width(tokens[first:read], bits, f"After {read} tokens", about)
+
+
+def policy_explorer(table: pd.DataFrame):
+    """Slider of a byte budget (share of static 4-bit): the policies within it, best KL first."""
+    import ipywidgets as widgets
+
+    budget = widgets.FloatSlider(value=1.0, min=0.5, max=2.0, step=0.05, description="bytes")
+    return _explorer(lambda: within_budget(table, budget.value), [budget])
+
+
+def within_budget(table: pd.DataFrame, budget: float) -> Figure:
+    """What `policy_explorer` draws: KL of the methods whose live bytes are at most `budget` times static 4-bit's."""
+    static = table.set_index("method").loc["static 4-bit", "live_bytes"]
+    part = table[table["live_bytes"] <= budget * static].sort_values("kl")
+    return plots.kl_bars(part, f"At most {budget:.2f} of the bytes of static 4-bit", f"{len(part)} policies fit")
+
+
+def _explorer(draw: Callable[[], Figure], controls: list):
+    """The controls above an image that follows them."""
+    import io
+
+    import ipywidgets as widgets
+    from matplotlib import pyplot as plt
+
+    image = widgets.Image(format="png")
+
+    def update(_=None) -> None:
+        figure = draw()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+        plt.close(figure)
+        image.value = buffer.getvalue()
+
+    for control in controls:
+        control.observe(update, names="value")
+    update()
+    return widgets.VBox([*controls, image])

@@ -1,0 +1,190 @@
+"""The comparison: every store through the same measures, multiple choice through the cache, and the command."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from transformers import DynamicCache
+
+import main
+from helpers import explorers
+from helpers.comparison import against_length, compare, controller_share, follow_text, standard_pairs, time_decoding
+from helpers.corpora import MultipleChoice, load_multiple_choice
+from helpers.multiple_choice import _second_pass, ending_log_likelihoods, score_items
+from helpers.policies import AgeSchedule, EntropyRule, FixedBits, Step
+from helpers.pretrain import train_tokenizer
+from helpers.stores import FullPrecision, StockQuantized, Store, code_bits, stock_stores, stored_bytes
+
+LONG = "The cat sat on the mat and a very big old house is up. " * 4
+ITEM = MultipleChoice(LONG.strip(), ("The cat is up.", "A house sat.", "Old."), 0)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    tokenizer = train_tokenizer(["The cat sat on the mat. A very big old house is up."] * 3, vocab_size=280)
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def comparison(model_and_tokenizer):
+    groups = {
+        "full precision": [FullPrecision()],
+        "static": [Store(FixedBits(16)), Store(FixedBits(4)), Store(FixedBits(4), quantizer="minmax")],
+        "rule": [Store(EntropyRule((1.0, 2.0, 3.0)))],
+        "schedule": [Store(AgeSchedule(8, (Step(1, 2, keep=0.25),), r)) for r in ("random", "attention x error")],
+    }
+    ids = random_ids(5, 96)
+    return compare(*model_and_tokenizer, ids, [ITEM] * 3, groups, first=32, rounds=1, batch=2)
+
+
+def test_one_row_a_method_with_everything(comparison):
+    table = comparison.table.set_index("method")
+    assert len(table) == 8
+    assert "random as rule-based dynamic" in table.index
+    assert table.kl["full precision"] == pytest.approx(0, abs=1e-6)
+    assert table.kl["static 16-bit"] < 1e-4 < table.kl["static 4-bit"]
+    assert table.accuracy_change["full precision"] == 0
+    # The state that the last token saw: 80 tokens committed, 16 in the tail.
+    assert table.code_bits["static 4-bit"] == pytest.approx((80 * 4 + 16 * 16) / 96)
+    assert table.live_bytes["static 4-bit"] < table.live_bytes["static 16-bit"] < table.live_bytes["full precision"]
+    assert (table.peak_bytes >= table.live_bytes).all()
+    assert table.bits_per_element["full precision"] == pytest.approx(32)
+    assert (table.latency_low <= table.latency_ms).all()
+    assert not table.drop(columns=["cuda_peak_bytes"]).isna().any().any()
+
+
+def test_random_control_has_the_histogram_of_what_it_controls(comparison):
+    table = comparison.table.set_index("method")
+    assert table.code_bits["random as rule-based dynamic"] == pytest.approx(
+        table.code_bits["rule-based dynamic"], abs=0.8
+    )
+
+
+def test_paired_differences(comparison):
+    pair = comparison.paired("static 4-bit", "static 16-bit")
+    values = comparison.texts.pivot(index="sequence", columns="method", values="kl")
+    assert pair["difference"] == pytest.approx((values["static 4-bit"] - values["static 16-bit"]).mean())
+    assert 0 < pair["low"] < pair["difference"] < pair["high"]
+    assert comparison.paired("static 4-bit", "static 4-bit", "acc")["difference"] == 0
+    with pytest.raises(ValueError, match="no method 'static 5-bit'"):
+        comparison.paired("static 5-bit", "static 4-bit")
+    pairs = standard_pairs(comparison)
+    assert {"kl", "accuracy", "acc"} == set(pairs["of"])
+    assert ("rule-based dynamic", "random as rule-based dynamic") in set(zip(pairs.method, pairs.against, strict=True))
+
+
+def test_multiple_choice_through_a_cache_that_loses_nothing(model_and_tokenizer):
+    plain, lengths = ending_log_likelihoods(*model_and_tokenizer, ITEM)
+    for store in (FullPrecision(), Store(FixedBits(16))):
+        through, same = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
+        assert through == pytest.approx(plain, abs=0.02)
+        assert same.tolist() == lengths.tolist()
+    rough, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, Store(FixedBits(2)))
+    assert np.abs(rough - plain).max() > 0.02, "the second pass must read what was quantized"
+
+
+def test_one_token_endings_need_no_second_pass(model_and_tokenizer):
+    model, _ = model_and_tokenizer
+    logits = _second_pass(model, DynamicCache(config=model.config), torch.tensor([[5], [6]]))
+    assert logits.shape == (2, 0, model.config.vocab_size)
+    assert score_items(*model_and_tokenizer, [ITEM], Store(FixedBits(4))).shape == (1, 2)
+
+
+def test_other_schemas_are_read(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(
+        '{"question_stem": "Predators eat", "choices": {"text": ["lions", "bunnies"], "label": ["A", "B"]}, '
+        '"answerKey": "B"}\n'
+        '{"question": "What is up?", "choices": {"text": ["sky", "sea", "mud"], "label": ["1", "2", "3"]}, '
+        '"answerKey": "1"}\n'
+    )
+    book, arc = load_multiple_choice(str(path))
+    assert (book.context, book.endings, book.label) == ("Predators eat", ("lions", "bunnies"), 1)
+    assert (arc.context, arc.label) == ("Question: What is up?\nAnswer:", 0)
+    path.write_text('{"question": "What?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}\n')
+    with pytest.raises(ValueError, match="answerKey 'E' is none of its choices"):
+        load_multiple_choice(str(path))
+
+
+def test_real_items_of_another_set(shared):
+    items = load_multiple_choice(str(shared / "data/openbook_qa_test.jsonl"))
+    assert len(items) > 400
+    assert {len(item.endings) for item in items} == {4}
+
+
+def test_timing_and_lengths(model_and_tokenizer):
+    model, _ = model_and_tokenizer
+    stores = [FullPrecision(), Store(FixedBits(4))]
+    times = time_decoding(model, random_ids(1, 60)[0], stores, rounds=2, prompt=32, steps=16)
+    assert times.latency_ratio[0] == 1
+    assert (times.latency_ms > 0).all()
+    lengths = against_length(model, stores, (64, 128), steps=4)
+    grown = lengths.pivot(index="method", columns="tokens", values="live_bytes")
+    assert grown.loc["full precision", 128] == pytest.approx(2 * grown.loc["full precision", 64])
+    share = controller_share(model, random_ids(1, 60)[0], stores[1], prompt=32, steps=16, rounds=1)
+    assert 0 < share["share"] < 1
+
+
+def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, capsys):
+    model, _ = model_and_tokenizer
+    policy = AgeSchedule(8, (Step(1, 2, keep=0.25),))
+    followed = follow_text(
+        model, random_ids(1, 64)[0], {"schedule": [Store(policy)], "full precision": [FullPrecision()]}
+    )
+    assert followed["tokens"].tolist() == [16, 32, 48, 64] * 2
+    assert [np.mean(bits) for bits in followed["bits"]][4:] == [16.0] * 4
+    box = explorers.width_explorer(followed, [f"t{i}" for i in range(64)])
+    method, read, image = box.children
+    before = image.value
+    read.value = 32
+    assert image.value != before
+    before, method.value = image.value, "full precision"
+    assert image.value != before
+    monkeypatch.setenv(explorers.STATIC, "1")
+    explorers.show(lambda: pytest.fail("nothing is built on paper"))
+    assert "JupyterLab" in capsys.readouterr().out
+
+
+def test_budget_explorer(comparison):
+    slider, image = explorers.policy_explorer(comparison.table).children
+    before, slider.value = image.value, 1.8
+    assert image.value != before
+
+
+def test_stock_caches_where_installed(model_and_tokenizer):
+    stores = stock_stores()
+    if not stores:
+        pytest.skip("no backend of the stock quantized cache is installed (pip install -e .[peers])")
+    model, _ = model_and_tokenizer
+    for store in stores:
+        cache, driver = store.open(model)
+        assert driver is None
+        with torch.no_grad():
+            for part in random_ids(1, 200).split(100, dim=1):
+                model(input_ids=part, past_key_values=cache)
+        assert 0 < stored_bytes(cache) < 200 * 2 * 2 * 2 * 32 * 4
+        assert np.isnan(code_bits(cache))
+        sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
+        assert np.isfinite(sums).all()
+    assert not StockQuantized("quanto").name == StockQuantized("hqq").name
+
+
+def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
+    texts = tmp_path / "stories.txt"
+    texts.write_text("\n<|endoftext|>\n".join(["the cat sat on the mat " * 60] * 40))
+    common = ["--model", str(tiny_folder), "--texts", str(texts)]
+    controllers = tmp_path / "controllers"
+    assert main.main(["train", *common, "--rows", "3", "--out", str(controllers)]) == 0
+    assert {"seed.safetensors", "commit.json", "settle.safetensors"} <= {p.name for p in controllers.iterdir()}
+    arguments = ["--controllers", str(controllers), "--count", "3", "--max-rows", "2", "--rounds", "0"]
+    assert main.main(["compare", *common, *arguments, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "baseline_comparison_tiny.csv")
+    assert {"full precision", "static 4-bit", "rule-based dynamic", "learned, seed"} <= set(table.method)
+    assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
+    assert "best 25% by learned score" in capsys.readouterr().out
+    assert main.main(["compare", *common, "--controllers", str(tmp_path / "none")]) == 1
+    assert "run notebook 02" in capsys.readouterr().err
