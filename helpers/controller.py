@@ -130,6 +130,8 @@ def _fit(network: Network, loss, train, validation, epochs: int, patience: int, 
 
     `train` and `validation` are tuples (inputs, *targets) of equally long tensors.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks are too small to be worth sharing
     optimizer = torch.optim.AdamW(network.layers.parameters(), lr=rate, weight_decay=1e-3)
     history, best_loss, best = History(), np.inf, None
     for epoch in range(epochs):
@@ -149,6 +151,7 @@ def _fit(network: Network, loss, train, validation, epochs: int, patience: int, 
             best = copy.deepcopy(network.layers.state_dict())
         if epoch - history.best >= patience:
             break
+    torch.set_num_threads(threads)
     network.layers.load_state_dict(best)
     network.layers.eval().requires_grad_(False)
     return history
@@ -223,18 +226,47 @@ def train_commit(
     return network, history
 
 
-def cross_validate(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> np.ndarray:
-    """Probabilities `[rows, 4]` for every row by networks that never saw the row's text; settings of `train_commit`."""
+Folds = list[tuple[np.ndarray, Network]]  # which rows were held out, and the network that never saw their texts
+
+
+def cross_fit(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> Folds:
+    """Train `folds` networks (settings of `train_commit`), each without a share of the texts."""
     texts = np.random.default_rng(seed).permutation(table["text_id"].unique())
     if len(texts) < folds + 1:
         raise ValueError(f"{folds} folds need more than {folds} texts, got {len(texts)}")
-    result = np.zeros((len(table), len(WIDTHS)))
+    fitted = []
     for fold in range(folds):
         held = table["text_id"].isin(texts[fold::folds]).to_numpy()
-        network, _ = train_commit(table[~held], seed=seed + fold, **settings)
+        fitted.append((held, train_commit(table[~held], seed=seed + fold, **settings)[0]))
+    return fitted
+
+
+def held_out(table: pd.DataFrame, folds: Folds) -> np.ndarray:
+    """Probabilities `[rows, 4]` of every row by the network that never saw the row's text."""
+    result = np.zeros((len(table), len(WIDTHS)))
+    for held, network in folds:
         inputs = torch.tensor(table.loc[held, list(network.features)].to_numpy(np.float32))
         result[held] = network(inputs).softmax(-1).numpy()
     return result
+
+
+def shuffled_drops(table: pd.DataFrame, folds: Folds, label: str, seed: int = 0) -> pd.DataFrame:
+    """Permutation importance on held-out texts: `feature`, `drop` in accuracy (points) and its interval over texts.
+
+    Each feature in turn is shuffled among the rows of a held-out fold.
+    """
+    random = np.random.default_rng(seed)
+    labels = table[label].to_numpy()
+    right = np.array(WIDTHS)[held_out(table, folds).argmax(1)] == labels
+    rows = []
+    for name in folds[0][1].features:
+        shuffled = table.copy()
+        for held, _ in folds:
+            shuffled.loc[held, name] = random.permutation(table.loc[held, name].to_numpy())
+        lost = 100.0 * right - 100.0 * (np.array(WIDTHS)[held_out(shuffled, folds).argmax(1)] == labels)
+        drop, low, high = bootstrap_groups(lambda i, lost=lost: lost[i].mean(), table["text_id"].to_numpy())
+        rows.append({"feature": name, "drop": drop, "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def widths_at_price(log_probabilities: torch.Tensor, price: float) -> torch.Tensor:
@@ -450,39 +482,6 @@ def cross_validate_settle(
         network, _ = train_settle(inputs[rest], damage[rest], text_ids[rest.numpy()], seed=seed + fold, **settings)
         scores[held] = network(inputs[held])[..., 0]
     return scores
-
-
-def shuffled_drops(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> pd.DataFrame:
-    """Permutation importance on held-out texts: `feature`, `drop` in accuracy (points) and its interval over texts.
-
-    Settings of `train_commit`. Each feature is shuffled among the rows of a held-out fold.
-    """
-    random = np.random.default_rng(seed)
-    texts = random.permutation(table["text_id"].unique())
-    lost: dict[str, list[np.ndarray]] = {}
-    groups = []
-    for fold in range(folds):
-        held = table["text_id"].isin(texts[fold::folds]).to_numpy()
-        network, _ = train_commit(table[~held], seed=seed + fold, **settings)
-        part = table[held]
-        labels = part[settings.get("label", "kv_bits")].to_numpy()
-        groups.append(part["text_id"].to_numpy())
-
-        def hits(inputs: pd.DataFrame, network=network, labels=labels) -> np.ndarray:
-            outputs = network(torch.tensor(inputs.to_numpy(np.float32)))
-            return (np.array(WIDTHS)[outputs.argmax(-1).numpy()] == labels).astype(float)
-
-        inputs = part[list(network.features)]
-        for name in network.features:
-            shuffled = inputs.assign(**{name: random.permutation(inputs[name].to_numpy())})
-            lost.setdefault(name, []).append(100 * (hits(inputs) - hits(shuffled)))
-    groups = np.concatenate(groups)
-    rows = []
-    for name, parts in lost.items():
-        values = np.concatenate(parts)
-        drop, low, high = bootstrap_groups(lambda i, v=values: v[i].mean(), groups)
-        rows.append({"feature": name, "drop": drop, "low": low, "high": high})
-    return pd.DataFrame(rows)
 
 
 def write_controller_card(folder: str | Path) -> None:

@@ -170,7 +170,7 @@ def test_stock_caches_where_installed(model_and_tokenizer):
         assert np.isnan(code_bits(cache))
         sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
         assert np.isfinite(sums).all()
-    assert not StockQuantized("quanto").name == StockQuantized("hqq").name
+    assert StockQuantized("quanto").name != StockQuantized("hqq").name
 
 
 def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
