@@ -317,12 +317,12 @@ def decode(
             finished |= torch.isin(token[:, 0], ends)
             if bool(finished.all()):
                 break
-        _synchronise(input_ids.device)
+        synchronise(input_ids.device)
         started = time.perf_counter()
         logits = model(input_ids=token, past_key_values=cache).logits
         if driver is not None:
             driver.observe(token, logits)
-        _synchronise(input_ids.device)
+        synchronise(input_ids.device)
         latencies.append((time.perf_counter() - started) * 1000)
         if driver is not None:
             collected = collected.append(driver.latest)
@@ -338,7 +338,8 @@ def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Gener
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
