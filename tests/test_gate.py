@@ -322,7 +322,7 @@ def test_tokenizers_that_differ_are_refused_with_the_difference(pair):
     a, b = moved.convert_ids_to_tokens([5, 6])
     vocabulary = moved.get_vocab() | {a: 6, b: 5}
     moved.get_vocab = lambda: vocabulary
-    with pytest.raises(ValueError, match=r"token '.+' is [56] in the small model's and [56] in the large one's"):
+    with pytest.raises(ValueError, match=r"token '.+' is number [56] in the small model's and [56] in the large one's"):
         check_same_tokens(tokenizer, moved)
     ending = make_tokenizer()
     ending.eos_token = "a"
