@@ -1,4 +1,7 @@
-"""Command line over `helpers`: `python main.py COMMAND --help` shows the options of a command."""
+"""Command line over `helpers`: `python main.py COMMAND --help` shows the options of a command.
+
+Without a command: the report on entropy-gated generation, as `python main.py gate`.
+"""
 
 import argparse
 import sys
@@ -139,6 +142,16 @@ def card(options: argparse.Namespace) -> None:
         print(name, measured[name], f"{measured['ms_per_token'][name]:.2f} ms per token")
 
 
+def gate(options: argparse.Namespace) -> None:
+    from helpers.files import ROOT
+    from helpers.gate_report import report
+    from helpers.models import get_preset
+
+    settings = {k: v for k, v in vars(options).items() if k not in ("command", "run", "preset", "recalibrate")}
+    cache_dir = None if options.recalibrate else ROOT / "data" / ".calibration"
+    report(get_preset(options.preset), cache_dir=cache_dir, **settings)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -179,6 +192,31 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--holdout-text", help="the story file whose last tenth was held out in training")
     command.set_defaults(run=card)
 
+    command = commands.add_parser("gate", help="compare entropy-gated generation with its baselines (the default)")
+    command.add_argument("--preset", help="embedded (default), smollm or llama; also the variable PRESET")
+    command.add_argument("--small", help="folder or hub name instead of the preset's small model")
+    command.add_argument("--large", help="folder or hub name instead of the preset's large model")
+    command.add_argument("--articles", help="file or hub name instead of the preset's prompts")
+    command.add_argument("--calibration", help="file or hub name instead of the preset's calibration texts")
+    command.add_argument("--percentile", type=float, default=50, help="of the signal on the calibration texts")
+    command.add_argument("--calibration-texts", type=int, default=100, help="number of calibration texts")
+    command.add_argument("--prompts", type=int, default=5, help="number of prompts")
+    command.add_argument("--max-new-tokens", type=int, default=50)
+    command.add_argument("--signal", default="entropy", help="entropy, max_prob, margin or random (the control)")
+    command.add_argument("--rollback", type=float, help="bits: take back tokens that cost the large model more")
+    command.add_argument("--target-usage", type=float, help="share of tokens instead of --percentile, corrected to it")
+    command.add_argument("--correct", choices=("bisection", "online"), default="bisection", help="how to correct")
+    command.add_argument("--repeats", type=int, default=1, help="runs of each prompt, of which the median time counts")
+    command.add_argument("--max-prompt-tokens", type=int, default=1024, help="articles are cut to this")
+    command.add_argument("--fixed-length", action="store_true", help="write on after the end of a text")
+    command.add_argument("--recalibrate", action="store_true", help="do not use thresholds found before")
+    command.add_argument("--out", help="CSV file for the results of each prompt")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=gate)
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["gate", *arguments]
     options = parser.parse_args(arguments)
     try:
         options.run(options)

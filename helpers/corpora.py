@@ -162,6 +162,32 @@ def load_stories(source: str, split: str | None = None, field: str = "text") -> 
     return [record[field] for record in _fetch(source, split or "train") if record[field].strip()]
 
 
+def load_articles(source: str, split: str = "test") -> list[Article]:
+    """Articles from a local JSONL file, or else from the hub data set `name` or `name:configuration`."""
+    if Path(source).is_file():
+        return read_articles(source, split)
+    return [_parse_article(record, f"{source}[{i}]") for i, record in enumerate(_fetch(source, split))]
+
+
+def load_paragraphs(source: str, split: str = "train") -> list[str]:
+    """Running text to calibrate on: paragraphs of WikiText without its headings, or whole stories.
+
+    `source` is a local JSONL file of multiple-choice items, a story file, a text file with one paragraph a line, or
+    else a hub data set, `name` or `name:configuration`, with a column `text`.
+    """
+    if Path(source).suffix == ".jsonl" and Path(source).is_file():
+        return [item.text for item in read_multiple_choice(source, split)]
+    if Path(source).is_file():
+        stories = read_stories(source)
+        lines = stories if len(stories) > 1 else stories[0].splitlines()
+    else:
+        lines = [record["text"] for record in _fetch(source, split)]
+    paragraphs = [line.strip() for line in lines if line.strip() and not line.strip().startswith("= ")]
+    if not paragraphs:
+        raise ValueError(f"text file {source}: holds headings only")
+    return paragraphs
+
+
 def _fetch(source: str, split: str):
     name, _, config = source.partition(":")
     return fetch_dataset(name, split, config or None)

@@ -87,6 +87,14 @@ class TokenCounts:
             self.total += 1
         return torch.tensor(result, dtype=torch.float64).log().tolist()
 
+    def forget(self, token_ids: Iterable[int]) -> None:
+        """Uncount tokens that `rarity` counted."""
+        for token in token_ids:
+            self.counts[token] -= 1
+            self.total -= 1
+            if not self.counts[token]:
+                del self.counts[token]
+
     def copy(self) -> "TokenCounts":
         return TokenCounts(self.counts)
 

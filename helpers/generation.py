@@ -74,6 +74,38 @@ class PolicyDriver(LogitsProcessor):
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
         self.pending = TokenFeatures()  # of committed tokens from position `pending_start` on, for settling
         self.pending_start = 0
+        self.committed_ids: list[torch.Tensor] = []  # where rarity counts them, [B, tokens] each
+
+    def crop(self, tokens: int, last_logits: torch.Tensor | None = None) -> None:
+        """Take back the newest `tokens` tokens: from the cache and from all notes made of them.
+
+        `last_logits` `[B, vocabulary]` is the prediction after the last token that stays; a policy that reads
+        surprisal needs it for the token that comes next. Raises `ValueError` where it is missing then, or where the
+        cache holds fewer tokens.
+        """
+        if not 0 <= tokens <= self.cache.get_seq_length():
+            raise ValueError(
+                f"tokens must lie between 0 and {self.cache.get_seq_length()}, which are read, got {tokens}"
+            )
+        if not tokens:
+            return
+        length = self.cache.get_seq_length() - tokens
+        if "surprisal" in self.wanted and last_logits is None and length:
+            raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
+        self.last_logits = last_logits
+        self.cache.crop(-tokens)
+        committed = self.cache.committed
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[:, : length - committed]
+        self.features = self.features.slice(0, length - committed)
+        self.pending = self.pending.slice(0, max(0, committed - self.pending_start))
+        self.pending_start = min(self.pending_start, committed)
+        self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
+        if self.committed_ids:
+            known = torch.cat(self.committed_ids, dim=1)
+            for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
+                counts.forget(row)
+            self.committed_ids = [known[:, :committed]]
 
     @torch.no_grad()
     def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,6 +153,8 @@ class PolicyDriver(LogitsProcessor):
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
             if self.policy.needs_settled:
                 self.pending = self.pending.append(features)
+            if self.row_counts is not None:
+                self.committed_ids.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
             self._settle_ready()
@@ -137,10 +171,11 @@ class PolicyDriver(LogitsProcessor):
             if excess > 0:
                 keep = round(step.keep * self.cache.block)
                 last = step is steps[-1]
+                moved = self.cache.pending_tokens(source, excess)
                 self.cache.settle(source, step.bits, excess, keep, self._scores if keep else None, pending=not last)
                 if last and self.policy.needs_settled:
-                    self.pending = self.pending.slice(excess * self.cache.block, None)
-                    self.pending_start += excess * self.cache.block
+                    self.pending = self.pending.slice(moved, None)
+                    self.pending_start += moved
             source, waited = step.bits, step.after
 
     def _scores(self, demotion: Demotion) -> torch.Tensor:

@@ -391,6 +391,11 @@ class PackedKVCache(Cache):
         bucket = self.stores[0].buckets.get(Stage(*_width_pair(bits), pending=True)) if self.stores else None
         return len(bucket.blocks) if bucket else 0
 
+    def pending_tokens(self, bits: Widths, blocks: int) -> int:
+        """Number of tokens in the oldest `blocks` blocks that wait at width `bits` (a crop may leave short ones)."""
+        bucket = self.stores[0].buckets[Stage(*_width_pair(bits), pending=True)]
+        return sum(slots for _, slots in bucket.blocks[:blocks])
+
     def _make_stores(self) -> None:
         groups: dict[tuple, list[int]] = {}
         for i, layer in enumerate(self.layers):

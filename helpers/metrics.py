@@ -1,5 +1,6 @@
-"""Measures over plain tensors and arrays: agreement with full precision, accuracy, and their intervals."""
+"""Measures over plain tensors, arrays and texts: agreement with full precision, accuracy, ROUGE, and intervals."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -85,3 +86,41 @@ def classification_scores(labels: np.ndarray, predicted: np.ndarray, groups: np.
         "accuracy": bootstrap_groups(lambda rows: float(np.mean(labels[rows] == predicted[rows])), groups),
         "macro-F1": bootstrap_groups(lambda rows: macro_f1(labels[rows], predicted[rows]), groups),
     }
+
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge_scores(predictions: list[str], references: list[str], use_stemmer: bool = True) -> dict[str, np.ndarray]:
+    """ROUGE F-measures of each text against its reference, one array a type, by the `rouge_score` package.
+
+    Words are compared without endings (Porter's stemmer) unless `use_stemmer` is False. For "rougeLsum" texts are cut
+    into sentences at `.`, `!` and `?`. Raises `ValueError` where the numbers of texts differ.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if len(predictions) != len(references):
+        raise ValueError(f"predictions and references must be as many, got {len(predictions)} and {len(references)}")
+    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=use_stemmer)
+    rows = [
+        scorer.score(_one_sentence_a_line(reference), _one_sentence_a_line(prediction))
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    return {name: np.array([row[name].fmeasure for row in rows]) for name in ROUGE_TYPES}
+
+
+def _one_sentence_a_line(text: str) -> str:
+    return re.sub(r"([.!?][\"')\]]*)\s+", r"\1\n", text.strip())
+
+
+def bootstrap_ratio(
+    numerator: np.ndarray, denominator: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of the means of two per-text measures with a paired bootstrap interval over texts: (ratio, low, high)."""
+    pairs = np.stack([np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)])
+    if pairs.ndim != 2 or not pairs.shape[1]:
+        raise ValueError(f"numerator and denominator must hold one number a text each, got shape {pairs.shape[1:]}")
+    draws = np.random.default_rng(seed).integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
+    above, below = pairs[:, draws].mean(axis=-1)
+    low, high = np.quantile(above / below, [(1 - level) / 2, (1 + level) / 2])
+    return float(pairs[0].mean() / pairs[1].mean()), float(low), float(high)

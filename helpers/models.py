@@ -24,8 +24,13 @@ class Preset:
     model: str
     multiple_choice: str
     stories: str
+    gate_small: str
+    gate_large: str
+    articles: str  # to go on from or to summarise; "name:configuration" for a hub data set that has several
+    calibration: str  # texts to find the gate's threshold on
     train_split: str = "train"  # of the multiple-choice items: what controllers learn from
     test_split: str = "validation"  # what everything is measured on
+    prompt: str = "{article}"
 
     @property
     def data_dir(self) -> Path:
@@ -39,17 +44,38 @@ class Preset:
 
 
 DEFAULT_PRESET = "embedded"
+HUB_TEXTS = {
+    "multiple_choice": "Rowan/hellaswag",
+    "stories": "roneneldan/TinyStories",
+    "articles": "abisee/cnn_dailymail:3.0.0",
+    "calibration": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "prompt": "Summarize the following article in a few sentences.\n\n{article}\n\nSummary:",
+}
 PRESETS = {
     "embedded": Preset(
         "embedded",
         model=str(ROOT / "data/models/large"),
         multiple_choice=str(ROOT / "data/samples/stories.jsonl"),
         stories=str(ROOT / "data/samples/stories.jsonl"),
+        gate_small=str(ROOT / "data/models/small"),
+        gate_large=str(ROOT / "data/models/large"),
+        articles=str(ROOT / "data/samples/openings.jsonl"),
+        calibration=str(ROOT / "data/samples/stories.jsonl"),
         test_split="test",
     ),
-    "smollm": Preset("smollm", "HuggingFaceTB/SmolLM-360M", "Rowan/hellaswag", "roneneldan/TinyStories"),
+    "smollm": Preset(
+        "smollm",
+        model="HuggingFaceTB/SmolLM-360M",
+        gate_small="HuggingFaceTB/SmolLM-135M",
+        gate_large="HuggingFaceTB/SmolLM-1.7B",
+        **HUB_TEXTS,
+    ),
     "llama": Preset(
-        "llama", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "Rowan/hellaswag", "roneneldan/TinyStories"
+        "llama",
+        model="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        gate_small="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        gate_large="meta-llama/Llama-2-7b-chat-hf",
+        **HUB_TEXTS,
     ),
 }
 
@@ -76,20 +102,24 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     quiet: bool = False,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, ready for inference with packed attention, and its tokenizer.
 
     `source` is a folder in Hugging Face format or a hub name. Weights come from safetensors files only, and no code
-    from the repository is run. Prints device and dtype unless `quiet`. Raises `HubError` where the hub cannot help
-    and `ValueError` where the folder holds no usable model.
+    from the repository is run. `device_map="auto"` spreads it over all devices, the CPU and the disk included, and
+    `"fit"` does so only where the files are larger than what is free on the device. Prints device and dtype unless
+    `quiet`. Raises `HubError` where the hub cannot help and `ValueError` where the folder holds no usable model.
     """
     default_device, default_dtype = choose_device()
     device = torch.device(device or default_device)
     dtype = dtype or (default_dtype if device.type == default_device.type else torch.float32)
     folder = fetch_model(str(source))
+    if device_map == "fit":
+        device_map = None if fits(folder, device) else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device_map)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model '{source}': no model in safetensors format with a tokenizer there ({error})"
@@ -97,11 +127,25 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model = use_packed_attention(model.to(device).eval())
+    model = use_packed_attention((model if device_map else model.to(device)).eval())
     if not quiet:
         count = sum(p.numel() for p in model.parameters())
-        print(f"{Path(source).name}: {count / 1e6:.2f}M parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        shown = str(dtype).removeprefix("torch.")
+        print(f"{Path(source).name}: {count / 1e6:.2f}M parameters on {placement(model)}, {shown}")
     return model, tokenizer
+
+
+def fits(folder: Path, device: torch.device) -> bool:
+    """Whether the weight files in `folder` are smaller than what is free on a CUDA device; True for other devices."""
+    if device.type != "cuda":
+        return True
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) < torch.cuda.mem_get_info(device)[0]
+
+
+def placement(model: PreTrainedModel) -> torch.device | dict[str, object]:
+    """Where a model's weights are: the device, or the map from modules to devices where there are several."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    return dict(spread) if len(set(spread.values())) > 1 else model.device
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> list[int]:

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from helpers.features import TokenCounts, entropy
 from helpers.generation import PolicyDriver, decode, score_blocks
 from helpers.kv_cache import PackedKVCache
-from helpers.policies import EntropyRule, FixedBits, RandomBits
+from helpers.policies import AgeSchedule, EntropyRule, FixedBits, RandomBits, Step
 
 POLICIES = {
     "fixed": lambda: FixedBits(4),
@@ -267,3 +267,89 @@ def test_assisted_generation_crops_the_packed_cache():
     cache = PackedKVCache(model.config, bits=8, block=8)
     out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
     assert out.shape == expected.shape
+
+
+class EverythingRead(AgeSchedule):
+    """Ranks by features that the driver must keep in step with the cache."""
+
+    needs = ("entropy", "surprisal", "rarity")
+    needs_settled = ("entropy", "surprisal", "rarity")
+
+    def scores(self, demotion, features):
+        shape = demotion.key_error.shape
+        assert features.entropy.shape == (shape[1], shape[3])
+        self.ranked.append((demotion.start, features.entropy))
+        return features.entropy[None, :, None].expand(shape)
+
+
+def everything_read(commit=8):
+    policy = EverythingRead(commit, (Step(1, 4), Step(2, 2, keep=0.5)), ranking="random")
+    object.__setattr__(policy, "ranked", [])
+    return policy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [1, 3, 11, 16, 27, 36])
+def test_after_a_crop_the_driver_knows_what_it_knew_before(removed):
+    """A text, a wrong continuation taken back, then the right one: features are those of the right text alone."""
+    model, block = tiny_model("llama", dtype=torch.float64), 8
+    right, wrong = random_ids(1, 80), random_ids(1, 36, seed=5)
+    drivers = []
+    for detour in (0, removed):
+        driver = PolicyDriver(model, PackedKVCache(model.config, block=block), everything_read(16))
+        last = []
+        for at in range(40):
+            logits = model(input_ids=right[:, at : at + 1], past_key_values=driver.cache).logits
+            driver.observe(right[:, at : at + 1], logits)
+            last.append(logits[:, -1])
+        for at in range(detour):
+            token = wrong[:, at : at + 1]
+            driver.observe(token, model(input_ids=token, past_key_values=driver.cache).logits)
+        driver.crop(detour, last[-1])
+        assert driver.cache.get_seq_length() == 40
+        assert driver.token_ids.shape[1] == driver.features.entropy.shape[1] == driver.cache.tail_length
+        assert driver.pending_start + driver.pending.entropy.shape[1] == driver.cache.committed
+        assert torch.equal(driver.token_ids[0], right[0, driver.cache.committed : 40])
+        token = right[:, 40:41]
+        driver.observe(token, model(input_ids=token, past_key_values=driver.cache).logits)
+        drivers.append(driver)
+    plain, cropped = drivers
+    assert torch.equal(cropped.latest.surprisal, plain.latest.surprisal)
+    assert cropped.row_counts[0].counts == plain.row_counts[0].counts
+    assert cropped.row_counts[0].total == plain.row_counts[0].total
+    assert cropped.widths_so_far().shape == plain.widths_so_far().shape
+
+
+@torch.no_grad()
+def test_blocks_that_a_crop_cut_short_are_settled_with_their_own_features():
+    model = tiny_model("llama", dtype=torch.float64)
+    policy = everything_read()
+    driver = PolicyDriver(model, PackedKVCache(model.config, block=8), policy)
+    read, logits_of, seed = [], [], 0
+    for removed in (0, 5, 0, 13, 9, 0, 21, 2):
+        if removed:
+            del read[-removed:], logits_of[-removed:]
+            driver.crop(removed, logits_of[-1][None])
+        for token in random_ids(1, 23, seed := seed + 1)[0].tolist():
+            ids = torch.tensor([[token]])
+            logits = model(input_ids=ids, past_key_values=driver.cache).logits
+            read.append(token)
+            logits_of.append(logits[0, -1])
+            ranked = len(policy.ranked)
+            driver.observe(ids, logits)
+            for start, seen in policy.ranked[ranked:]:
+                expected = entropy(torch.stack(logits_of))[start : start + seen.shape[1]]
+                assert torch.equal(seen[0], expected)
+    assert len(policy.ranked) > 5
+    assert driver.widths_so_far().shape == (1, len(read))
+
+
+@torch.no_grad()
+def test_a_crop_says_what_it_needs():
+    model = tiny_model("llama")
+    driver = PolicyDriver(model, PackedKVCache(model.config, block=8), everything_read())
+    driver.observe(random_ids(1, 20), model(input_ids=random_ids(1, 20), past_key_values=driver.cache).logits)
+    with pytest.raises(ValueError, match="reads surprisal: crop needs last_logits"):
+        driver.crop(3)
+    with pytest.raises(ValueError, match="tokens must lie between 0 and 20, which are read, got 21"):
+        driver.crop(21)

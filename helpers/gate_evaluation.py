@@ -1,0 +1,294 @@
+"""What a gate gains and costs, on prompts: against the large model alone, the small one, and assisted generation.
+
+Every method writes on the same prompts, up to the same length, in one interleaved run. `ROUGE` is against the
+reference texts, `fidelity` is ROUGE-L against what the large model writes itself.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.calibration import measure_usage
+from helpers.corpora import Article
+from helpers.gate import (
+    LARGE,
+    SIGNALS,
+    SMALL,
+    EntropyGate,
+    Generated,
+    end_tokens,
+    gated_generate,
+    plain_generate,
+    prompt_ids,
+)
+from helpers.generation import synchronise
+from helpers.metrics import ROUGE_TYPES, bootstrap_mean, bootstrap_ratio, rouge_scores
+
+GATED, NAIVE, ASSISTED = "gated", "large, no cache", "assisted"
+METHODS = (GATED, LARGE, SMALL, NAIVE, ASSISTED)
+
+
+def fit_prompts(
+    articles: Sequence[Article],
+    template: str,
+    readers: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    max_new_tokens: int,
+    max_prompt_tokens: int = 1024,
+) -> tuple[list[str], int]:
+    """Articles as prompts, cut from the end where they would not fit any of the models, and how many were cut."""
+    room = max_prompt_tokens
+    for model, tokenizer in readers:
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or room
+        frame = len(prompt_ids(tokenizer, template.format(article=".")))
+        # Tokens at a cut may join differently than in the whole text: 8 to spare.
+        room = min(room, limit - max_new_tokens - frame - 8)
+    if room < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of the models")
+    prompts, cut, tokenizer = [], 0, readers[0][1]
+    for article in articles:
+        ids = tokenizer(article.article, add_special_tokens=False)["input_ids"]
+        text = article.article if len(ids) <= room else tokenizer.decode(ids[:room])
+        prompts.append(template.format(article=text))
+        cut += len(ids) > room
+    return prompts, cut
+
+
+def sample_articles(articles: list[Article], count: int, seed: int = 0, held_out: int = 0) -> list[list[Article]]:
+    """`count` articles in seeded random order, and up to `held_out` others to correct a threshold on."""
+    if not 0 < count <= len(articles):
+        raise ValueError(f"count must lie between 1 and the number of articles ({len(articles)}), got {count}")
+    order = random.Random(seed).sample(articles, len(articles))
+    return [order[:count], order[count : count + held_out]]
+
+
+class _Clock:
+    """A streamer that notes when the first new token came."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # the first is the prompt
+
+    def end(self) -> None: ...
+
+
+@torch.no_grad()
+def assisted_generate(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 50,
+    stop_at_end: bool = True,
+) -> Generated:
+    """transformers' assisted generation (greedy): the small model drafts, the large one checks every token."""
+    ids = prompt_ids(tokenizer, prompt)
+    given, clock = torch.tensor([ids], device=large.device), _Clock()
+    least = {} if stop_at_end else {"min_new_tokens": max_new_tokens}
+    synchronise(large.device)
+    started = time.perf_counter()
+    output = large.generate(
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
+        assistant_model=small,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=clock,
+        **least,
+    )
+    written = output[0, len(ids) :].tolist()
+    seconds = time.perf_counter() - started
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    n = len(written)
+    first = clock.times[1] - started if len(clock.times) > 1 else seconds
+    return Generated(text, written, [LARGE] * n, [float("nan")] * n, seconds, first)
+
+
+def evaluate_gate(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    references: list[str],
+    gate: EntropyGate,
+    max_new_tokens: int = 50,
+    large_tokenizer: PreTrainedTokenizerBase | None = None,
+    methods: Sequence[str] = METHODS,
+    repeats: int = 1,
+    stop_at_end: bool = True,
+    on_prompt: Callable[[pd.DataFrame], None] | None = None,
+) -> pd.DataFrame:
+    """One row a prompt and method: `tokens`, `seconds`, `first_token_seconds`, `usage`, ROUGE, `fidelity`, `text`.
+
+    Greedy. The methods take turns, a prompt at a time, each beginning in turn; of `repeats` runs the median time
+    counts. All are warmed up first. Texts end with the end-of-text token of either model, or with
+    `stop_at_end=False` all have `max_new_tokens`. `on_prompt` gets the rows of each prompt as it is done.
+    """
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
+    if len(prompts) != len(references) or not prompts:
+        raise ValueError(f"prompts and references must be as many, got {len(prompts)} and {len(references)}")
+    large_tokenizer, ends = large_tokenizer or tokenizer, end_tokens(small, large)
+    plain = {"stop_at_end": stop_at_end, "ends": ends}
+
+    def run(method: str, prompt: str, tokens: int) -> Generated:
+        if method == GATED:
+            settings = {"large_tokenizer": large_tokenizer, "stop_at_end": stop_at_end}
+            return gated_generate(small, large, tokenizer, prompt, gate, tokens, **settings)
+        if method == SMALL:
+            return plain_generate(small, tokenizer, prompt, tokens, author=SMALL, **plain)
+        if method == ASSISTED:
+            return assisted_generate(small, large, large_tokenizer, prompt, tokens, stop_at_end)
+        return plain_generate(large, large_tokenizer, prompt, tokens, use_cache=method == LARGE, **plain)
+
+    for method in methods:
+        if method == GATED and type(gate) is not EntropyGate:
+            continue  # a gate that learns while it runs must not learn from the warm-up
+        run(method, prompts[0], min(8, max_new_tokens))
+    tables = []
+    for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+        results: dict[str, list[Generated]] = {method: [] for method in methods}
+        for turn in range(repeats):
+            at = (i + turn) % len(methods)
+            for method in (*methods[at:], *methods[:at]):
+                results[method].append(run(method, prompt, max_new_tokens))
+        rows = [_row(i, method, results[method], reference, results.get(LARGE)) for method in methods]
+        tables.append(pd.DataFrame(rows))
+        if on_prompt:
+            on_prompt(tables[-1])
+    return pd.concat(tables, ignore_index=True)
+
+
+def _row(prompt: int, method: str, results: list[Generated], reference: str, large: list[Generated] | None) -> dict:
+    last = results[-1]
+    scores = {name: float(score[0]) for name, score in rouge_scores([last.text], [reference]).items()}
+    fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0]) if large else float("nan")
+    return {
+        "prompt": prompt,
+        "method": method,
+        "tokens": len(last.token_ids),
+        "seconds": statistics.median(result.seconds for result in results),
+        "first_token_seconds": statistics.median(result.first_token_seconds for result in results),
+        "usage": last.usage,
+        "large_calls": last.large_calls,
+        "rollbacks": last.rollbacks,
+        "discarded": last.discarded,
+        **scores,
+        "fidelity": fidelity,
+        "text": last.text,
+    }
+
+
+def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a method: mean `seconds`, `ms_per_token`, `tokens_per_second`, time to first token, ROUGE, fidelity."""
+    groups = table.groupby("method", sort=False)
+    summary = groups[["seconds", "first_token_seconds", *ROUGE_TYPES, "fidelity"]].mean()
+    totals = groups[["seconds", "tokens"]].sum()
+    summary.insert(1, "ms_per_token", 1000 * totals["seconds"] / totals["tokens"])
+    summary.insert(2, "tokens_per_second", totals["tokens"] / totals["seconds"])
+    return summary
+
+
+def speed_against_ideal(table: pd.DataFrame) -> dict[str, float]:
+    """What the gate gained in time per token, and what it could: `usage`, `cost_ratio`, `speedup`, `ideal`, `share`.
+
+    Needs the methods "gated", "large" and "small". `cost_ratio` c is the small model's time per token over the large
+    one's, `usage` p the share of all tokens that the large one wrote, `ideal` is 1 / (c + p), `share` is the part of
+    it that was reached.
+    """
+    ms = summarise_methods(table)["ms_per_token"]
+    gated = table[table["method"] == GATED]
+    usage = float(np.average(gated["usage"], weights=gated["tokens"]))
+    cost_ratio, speedup = ms[SMALL] / ms[LARGE], ms[LARGE] / ms[GATED]
+    ideal = 1 / (cost_ratio + usage)
+    return {"usage": usage, "cost_ratio": cost_ratio, "speedup": speedup, "ideal": ideal, "share": speedup / ideal}
+
+
+def compare(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
+    """Paired bootstrap over prompts, each (value, low, high) at 95%.
+
+    Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; and against the large model
+    `rougeL - large` and `fidelity`.
+    """
+    wide = table.assign(per_token=table["seconds"] / table["tokens"]).pivot(index="prompt", columns="method")
+    result = {
+        f"speedup vs {method}": bootstrap_ratio(wide["per_token"][method], wide["per_token"][GATED])
+        for method in table["method"].unique()
+        if method != GATED
+    }
+    result["fidelity"] = bootstrap_mean(wide["fidelity"][GATED])
+    result["rougeL - large"] = bootstrap_mean(wide["rougeL"][GATED] - wide["rougeL"][LARGE])
+    return result
+
+
+def threshold_on_gated_text(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    signal: str,
+    usage: float,
+    max_new_tokens: int = 50,
+    passes: int = 2,
+    **settings,
+) -> EntropyGate:
+    """The gate at the percentile 100 (1 - usage) of the signal on the text that the gate itself writes.
+
+    Begins with the small model's text and repeats with the gated one, `passes` times in all.
+    """
+    gate = EntropyGate(-np.inf if usage == 1 else np.inf, signal)
+    for _ in range(passes if 0 < usage < 1 else 0):
+        _, signals = measure_usage(small, large, tokenizer, prompts, gate, max_new_tokens, **settings)
+        threshold = float(np.quantile(signals, 1 - usage))
+        gate = EntropyGate(max(0.0, threshold) if signal == "oracle" else threshold, signal)
+    return gate
+
+
+def sweep(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    references: list[str],
+    signals: Sequence[str] = SIGNALS,
+    usages: Sequence[float] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
+    max_new_tokens: int = 50,
+    tuning_prompts: list[str] | None = None,
+    **settings,
+) -> pd.DataFrame:
+    """Quality and speed of each signal at each usage: one row a threshold.
+
+    Thresholds are percentiles of the signal on gated text of `tuning_prompts` (default: the prompts themselves), so
+    that `usage` is near `target_usage` but not it; the oracle cannot fire more often than the models differ. Columns:
+    `signal, target_usage, threshold, usage, fidelity` (with `_low`, `_high`), ROUGE, `ms_per_token, speedup,
+    cost_ratio, ideal, share`. The large and the small model alone run interleaved with every gate. `settings` are
+    those of `gated_generate`, as far as `evaluate_gate` takes them.
+    """
+    rows = []
+    for signal in signals:
+        for target in usages:
+            gate = threshold_on_gated_text(
+                small, large, tokenizer, tuning_prompts or prompts, signal, target, max_new_tokens, **settings
+            )
+            table = evaluate_gate(
+                small, large, tokenizer, prompts, references, gate, max_new_tokens,
+                methods=(GATED, LARGE, SMALL), **settings,
+            )  # fmt: skip
+            gated = table[table["method"] == GATED]
+            fidelity, low, high = bootstrap_mean(gated["fidelity"])
+            rows.append(
+                {"signal": signal, "target_usage": target, "threshold": gate.threshold}
+                | speed_against_ideal(table)
+                | {"fidelity": fidelity, "fidelity_low": low, "fidelity_high": high}
+                | gated[list(ROUGE_TYPES)].mean().to_dict()
+                | {"ms_per_token": summarise_methods(table)["ms_per_token"][GATED]}
+            )
+    return pd.DataFrame(rows)
