@@ -90,8 +90,9 @@ def compare(
 ) -> Comparison:
     """Measure all stores of `groups` on `sequences` `[count, tokens]` (positions from `first` on) and `items`.
 
-    `rounds` of timed decoding, interleaved; 0 leaves latency out. Policies that choose widths token by token are
-    joined by a random control of the same histogram.
+    `rounds` of timed decoding, interleaved; 0 leaves latency out. The hand-made schedules sit out the multiple choice:
+    its contexts are a few blocks long, and hardly anything in them grows old enough to move. Policies that choose
+    widths token by token are joined by a random control of the same histogram.
     """
     rows, texts, choices, stores = [], [], [], []
     for group, members in groups.items():
@@ -104,7 +105,7 @@ def compare(
             rows.append({"method": store.name, "group": group, **_quality_row(measured)})
             part = {"method": store.name, "sequence": np.arange(len(sequences))}
             texts.append(pd.DataFrame({**part, "kl": measured["kl"], "accuracy": measured["accuracy"]}))
-            if items:
+            if items and group != "schedule":
                 scores = score_items(model, tokenizer, items, store)
                 choices.append(scores.assign(method=store.name, item=np.arange(len(items))))
                 for name in ("acc", "acc_norm"):
@@ -288,7 +289,8 @@ def standard_pairs(comparison: Comparison) -> pd.DataFrame:
     for method, other in pairs:
         if method not in names or other not in names:
             continue
-        columns = ["kl", "accuracy", *(["acc"] if len(comparison.items) else [])]
+        chose = len(comparison.items) and {method, other} <= set(comparison.items["method"])
+        columns = ["kl", "accuracy", *(["acc"] if chose else [])]
         rows += [
             comparison.paired(method, other, column)
             for column in columns

@@ -54,7 +54,9 @@ def test_one_row_a_method_with_everything(comparison):
     assert (table.peak_bytes >= table.live_bytes).all()
     assert table.bits_per_element["full precision"] == pytest.approx(32)
     assert (table.latency_low <= table.latency_ms).all()
-    assert not table.drop(columns=["cuda_peak_bytes"]).isna().any().any()
+    chosen = [name for name in table if name.startswith("acc_") or name == "acc"]
+    assert not table.drop(columns=chosen).isna().any().any()
+    assert table["acc"].isna().tolist() == [group == "schedule" for group in table.group]
 
 
 def test_random_control_has_the_histogram_of_what_it_controls(comparison):
