@@ -93,8 +93,8 @@ def compare(options: argparse.Namespace) -> None:
     stores = default_stores(options.controllers or preset.data_dir / "controllers")
     rows = _packed_rows(tokenizer, texts, preset.test_split, 512, options.max_rows, last_share=0.1)
     items_source = options.items or preset.multiple_choice
-    items = load_multiple_choice(items_source, preset.test_split)
-    items = sample_items(items, min(options.count, len(items)), options.seed)
+    items = load_multiple_choice(items_source, preset.test_split) if options.count else []
+    items = sample_items(items, min(options.count, len(items)), options.seed) if items else []
     packed = torch.tensor(rows).to(model.device)
     result = compare(model, tokenizer, packed, items, stores, rounds=options.rounds)
     shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("compare", parents=[shared], help="all policies and baselines on one model (Part 4)")
     command.add_argument("--controllers", help="folder of controllers instead of the preset's")
     command.add_argument("--items", help="multiple-choice file or hub name instead of the preset's")
-    command.add_argument("--count", type=int, default=200, help="multiple-choice items, drawn at random")
+    command.add_argument("--count", type=int, default=200, help="multiple-choice items, drawn at random; 0 for none")
     command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of the last tenth of the texts")
     command.add_argument("--rounds", type=int, default=3, help="rounds of timed decoding; 0 for none")
     command.set_defaults(run=compare)

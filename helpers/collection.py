@@ -107,10 +107,14 @@ def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: 
     decode(model, row, cache, driver, forced=True)
 
 
+def model_fingerprint(model: PreTrainedModel) -> list:
+    """What tells one model from another: its configuration, its dtype and the size of its weights."""
+    weight = sum(p.double().abs().sum().item() for p in model.parameters())
+    return [json.dumps(model.config.to_diff_dict(), default=str), str(model.dtype), f"{weight:.6g}"]
+
+
 def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:
-    weights = [str(model.dtype), sum(p.float().abs().sum().item() for p in model.parameters())]
-    content = [model.config.to_diff_dict(), weights, [list(t) for t in texts], repr(policy), block]
-    content = json.dumps(content, default=str)
+    content = json.dumps([model_fingerprint(model), [list(t) for t in texts], repr(policy), block])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

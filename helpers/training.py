@@ -4,6 +4,8 @@
 a schedule and joins what was known of every token in every head with the damage that its demotion does.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.collection import model_fingerprint
 from helpers.controller import (
     COMMIT_FEATURES,
     SCHEDULES,
@@ -26,7 +29,7 @@ from helpers.controller import (
     write_controller_card,
 )
 from helpers.features import TokenFeatures, surprisal
-from helpers.files import atomic_path
+from helpers.files import atomic_path, provenance, write_json
 from helpers.generation import PolicyDriver, score_blocks
 from helpers.kv_cache import PackedKVCache
 from helpers.packed_store import CENTRE_TOKENS, Demotion
@@ -73,6 +76,25 @@ def measure_costs(
     result = pd.concat(parts, ignore_index=True)
     bits, price = optimal_bits(result[COST_COLUMNS].to_numpy(), average)
     return result.assign(optimal_bits=bits), price
+
+
+def load_or_measure_costs(
+    model: PreTrainedModel, table: pd.DataFrame, path: str | Path, average: float = 4.0
+) -> tuple[pd.DataFrame, float]:
+    """`measure_costs`, kept in the CSV `path` (and `path`.json): measured again only for another model or table."""
+    path = Path(path)
+    content = [model_fingerprint(model), table["token_id"].tolist(), table["kv_bits"].tolist(), HORIZON]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    about = path.with_suffix(".json")
+    if path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("key") == key:
+        costs = pd.read_csv(path)
+        bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
+        return costs.assign(optimal_bits=bits), price
+    costs, price = measure_costs(model, table, average)
+    with atomic_path(path) as temporary:
+        costs.to_csv(temporary, index=False, float_format="%.6g")
+    write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
+    return costs, price
 
 
 @dataclass
@@ -181,9 +203,7 @@ def train_controllers(
     `table` is a result of `collection.collect`, `rows` are token ids of longer texts for the settle network. Returns
     the held-out loss and epoch of each.
     """
-    costs, price = measure_costs(model, table)
-    with atomic_path(Path(folder) / "costs.csv") as temporary:
-        costs.to_csv(temporary, index=False, float_format="%.6g")
+    costs, price = load_or_measure_costs(model, table, Path(folder) / "costs.csv")
     summary = []
     for name, task in commit_tasks(costs, price).items():
         network, history = train_commit(costs, **task, seed=seed)
