@@ -129,7 +129,7 @@ def tokens_by_width(
         colour, ink = _width_look(bits)
         axes.text(x + 0.008, y, shown, fontsize=9.5, color=ink, va="baseline",
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 2.2})  # fmt: skip
-        axes.text(x + 0.008, y - 0.145 / height, f"{bits:.3g}", fontsize=6.5, color="0.25", va="baseline")
+        axes.text(x + 0.008, y - 0.145 / height, f"{bits:.2g}", fontsize=6.5, color="0.25", va="baseline")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.text(0.01, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", va="center")
