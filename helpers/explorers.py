@@ -61,6 +61,34 @@ def within_budget(table: pd.DataFrame, budget: float) -> Figure:
     return plots.kl_bars(part, f"At most {budget:.2f} of the bytes of static 4-bit", f"{len(part)} policies fit")
 
 
+def gate_explorer(table: pd.DataFrame):
+    """Dropdown of signals and slider over their thresholds: what each buys in fidelity and in time.
+
+    `table` has the columns of `gate_evaluation.summarise_gates`.
+    """
+    import ipywidgets as widgets
+
+    def thresholds() -> list[tuple[str, float]]:
+        return [(f"{t:.3g}", t) for t in sorted(table.loc[table["signal"] == signal.value, "threshold"])]
+
+    def follow(_) -> None:
+        threshold.options = thresholds()
+
+    signal = widgets.Dropdown(options=list(table["signal"].unique()), description="signal")
+    threshold = widgets.SelectionSlider(options=thresholds(), description="threshold")
+    signal.observe(follow, names="value")
+    return _explorer(lambda: gate_at(table, signal.value, threshold.value), [signal, threshold])
+
+
+def gate_at(table: pd.DataFrame, signal: str, threshold: float) -> Figure:
+    """What `gate_explorer` draws: a signal's sweep with the row of the threshold nearest to `threshold`."""
+    part = table[table["signal"] == signal].reset_index(drop=True)
+    row = part.loc[(part["threshold"] - threshold).abs().idxmin()]
+    title = f"{signal} above {row['threshold']:.3g}: the large model writes {row['usage']:.0%}"
+    about = f"fidelity {row['fidelity']:.2f}, speed-up {row['speedup']:.2f} of at most {row['ideal']:.2f}"
+    return plots.gate_choice(part, row, title, about)
+
+
 def _explorer(draw: Callable[[], Figure], controls: list):
     """The controls above an image that follows them."""
     import io

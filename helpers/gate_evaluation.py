@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from helpers.calibration import measure_usage
 from helpers.corpora import Article
@@ -20,6 +21,7 @@ from helpers.gate import (
     LARGE,
     SIGNALS,
     SMALL,
+    CacheFactory,
     EntropyGate,
     Generated,
     end_tokens,
@@ -27,8 +29,9 @@ from helpers.gate import (
     plain_generate,
     prompt_ids,
 )
-from helpers.generation import synchronise
-from helpers.metrics import ROUGE_TYPES, bootstrap_mean, bootstrap_ratio, rouge_scores
+from helpers.generation import PolicyDriver, synchronise
+from helpers.metrics import ROUGE_TYPES, bootstrap_groups, bootstrap_mean, bootstrap_ratio, rouge_scores
+from helpers.stores import live_bytes
 
 GATED, NAIVE, ASSISTED = "gated", "large, no cache", "assisted"
 METHODS = (GATED, LARGE, SMALL, NAIVE, ASSISTED)
@@ -118,7 +121,7 @@ def evaluate_gate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     references: list[str],
-    gate: EntropyGate,
+    gate: EntropyGate | dict[str, EntropyGate],
     max_new_tokens: int = 50,
     large_tokenizer: PreTrainedTokenizerBase | None = None,
     methods: Sequence[str] = METHODS,
@@ -130,19 +133,24 @@ def evaluate_gate(
 
     Greedy. The methods take turns, a prompt at a time, each beginning in turn; of `repeats` runs the median time
     counts. All are warmed up first. Texts end with the end-of-text token of either model, or with
-    `stop_at_end=False` all have `max_new_tokens`. `on_prompt` gets the rows of each prompt as it is done.
+    `stop_at_end=False` all have `max_new_tokens`. `on_prompt` gets the rows of each prompt as it is done. Several
+    gates, by name, are methods each in the place of "gated".
     """
+    gates = gate if isinstance(gate, dict) else {GATED: gate}
     if unknown := set(methods) - set(METHODS):
         raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
     if len(prompts) != len(references) or not prompts:
         raise ValueError(f"prompts and references must be as many, got {len(prompts)} and {len(references)}")
+    if taken := set(gates) & set(METHODS) - {GATED}:
+        raise ValueError(f"a gate cannot have the name of another method: {', '.join(sorted(taken))}")
+    methods = [name for method in methods for name in (gates if method == GATED else [method])]
     large_tokenizer, ends = large_tokenizer or tokenizer, end_tokens(small, large)
     plain = {"stop_at_end": stop_at_end, "ends": ends}
 
     def run(method: str, prompt: str, tokens: int) -> Generated:
-        if method == GATED:
+        if method in gates:
             settings = {"large_tokenizer": large_tokenizer, "stop_at_end": stop_at_end}
-            return gated_generate(small, large, tokenizer, prompt, gate, tokens, **settings)
+            return gated_generate(small, large, tokenizer, prompt, gates[method], tokens, **settings)
         if method == SMALL:
             return plain_generate(small, tokenizer, prompt, tokens, author=SMALL, **plain)
         if method == ASSISTED:
@@ -150,7 +158,7 @@ def evaluate_gate(
         return plain_generate(large, large_tokenizer, prompt, tokens, use_cache=method == LARGE, **plain)
 
     for method in methods:
-        if method == GATED and type(gate) is not EntropyGate:
+        if method in gates and type(gates[method]) is not EntropyGate:
             continue  # a gate that learns while it runs must not learn from the warm-up
         run(method, prompts[0], min(8, max_new_tokens))
     tables = []
@@ -197,17 +205,17 @@ def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
-def speed_against_ideal(table: pd.DataFrame) -> dict[str, float]:
-    """What the gate gained in time per token, and what it could: `usage`, `cost_ratio`, `speedup`, `ideal`, `share`.
+def speed_against_ideal(table: pd.DataFrame, method: str = GATED) -> dict[str, float]:
+    """What a gate gained in time per token, and what it could: `usage`, `cost_ratio`, `speedup`, `ideal`, `share`.
 
-    Needs the methods "gated", "large" and "small". `cost_ratio` c is the small model's time per token over the large
+    Needs `method`, "large" and "small". `cost_ratio` c is the small model's time per token over the large
     one's, `usage` p the share of all tokens that the large one wrote, `ideal` is 1 / (c + p), `share` is the part of
     it that was reached.
     """
     ms = summarise_methods(table)["ms_per_token"]
-    gated = table[table["method"] == GATED]
+    gated = table[table["method"] == method]
     usage = float(np.average(gated["usage"], weights=gated["tokens"]))
-    cost_ratio, speedup = ms[SMALL] / ms[LARGE], ms[LARGE] / ms[GATED]
+    cost_ratio, speedup = ms[SMALL] / ms[LARGE], ms[LARGE] / ms[method]
     ideal = 1 / (cost_ratio + usage)
     return {"usage": usage, "cost_ratio": cost_ratio, "speedup": speedup, "ideal": ideal, "share": speedup / ideal}
 
@@ -252,6 +260,105 @@ def threshold_on_gated_text(
     return gate
 
 
+def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.DataFrame:
+    """One row a gate of `evaluate_gate`: `signal, threshold, usage, fidelity`, ROUGE, `ms_per_token, speedup`, ideal.
+
+    `usage`, `fidelity`, `rougeL` and `speedup` carry 95% bootstrap intervals over prompts (`_low`, `_high`).
+    """
+    ms, rows = summarise_methods(table)["ms_per_token"], []
+    large = table[table["method"] == LARGE].set_index("prompt")
+    for name, gate in gates.items():
+        own = table[table["method"] == name].set_index("prompt")
+        speed = speed_against_ideal(table, name)
+        intervals = {
+            "usage": bootstrap_ratio(own["usage"] * own["tokens"], own["tokens"]),
+            "speedup": bootstrap_ratio(large["seconds"] / large["tokens"], own["seconds"] / own["tokens"]),
+            "fidelity": bootstrap_mean(own["fidelity"]),
+            "rougeL": bootstrap_mean(own["rougeL"]),
+        }
+        bounds = {
+            f"{of}_{side}": found[at] for of, found in intervals.items() for at, side in ((1, "low"), (2, "high"))
+        }
+        rows.append(
+            {"signal": gate.signal, "threshold": gate.threshold}
+            | speed
+            | own[["fidelity", *ROUGE_TYPES]].mean().to_dict()
+            | bounds
+            | {"ms_per_token": ms[name]}
+        )
+    return pd.DataFrame(rows, index=pd.Index(gates, name="gate"))
+
+
+def gains_over_random(
+    table: pd.DataFrame, gates: dict[str, EntropyGate], of: str = "fidelity", at: float = 0.2, resamples: int = 1000
+) -> pd.DataFrame:
+    """How far each signal's curve of `of` over usage lies above the random one's, paired over the same prompts.
+
+    Curves run straight from the small model alone (usage 0) over the gates to the large one alone (usage 1). `gain`
+    is their distance at usage `at`, `area` the mean distance over all usages; both with 95% bootstrap intervals.
+    """
+    wide = table.assign(written=table["usage"] * table["tokens"]).pivot(index="prompt", columns="method")
+    grid = np.linspace(0, 1, 101)
+    names = {signal: [n for n, gate in gates.items() if gate.signal == signal] for signal in SIGNALS}
+    arrays = {method: wide.xs(method, axis=1, level=1)[[of, "written", "tokens"]].to_numpy(float)
+              for method in (*gates, SMALL, LARGE)}  # fmt: skip
+
+    def curve(signal: str, rows: np.ndarray) -> np.ndarray:
+        points = [(0.0, arrays[SMALL][rows, 0].mean()), (1.0, arrays[LARGE][rows, 0].mean())]
+        for name in names[signal]:
+            quality, written, tokens = arrays[name][rows].mean(axis=0)
+            points.append((written / tokens, quality))
+        return np.interp(grid, *zip(*sorted(points), strict=True))
+
+    result = []
+    for signal in (signal for signal in SIGNALS if names[signal] and signal != "random"):
+        row: dict[str, object] = {"signal": signal}
+        for key, pick in (("gain", lambda d: float(np.interp(at, grid, d))), ("area", lambda d: float(d.mean()))):
+            found = bootstrap_groups(
+                lambda rows, pick=pick, signal=signal: pick(curve(signal, rows) - curve("random", rows)),
+                np.arange(len(wide)), resamples,
+            )  # fmt: skip
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
+        result.append(row)
+    return pd.DataFrame(result).set_index("signal")
+
+
+def evaluate_large_caches(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    gate: EntropyGate,
+    caches: dict[str, CacheFactory],
+    max_new_tokens: int = 50,
+    large_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> pd.DataFrame:
+    """The gate with the large model's cache made by each factory: one row a prompt and cache.
+
+    `usage`, `tokens`, `fidelity` to the large model alone in full precision, `cache_tokens` and `live_bytes` of the
+    large model's cache at the end.
+    """
+    large_tokenizer, ends = large_tokenizer or tokenizer, end_tokens(small, large)
+    settings = {"max_new_tokens": max_new_tokens, "large_tokenizer": large_tokenizer}
+    made: list[Cache | PolicyDriver] = []
+    rows = []
+    for i, prompt in enumerate(prompts):
+        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=ends).text
+        for name, factory in caches.items():
+
+            def keep(model, factory=factory):
+                made[:] = [factory(model)]
+                return made[0]
+
+            result = gated_generate(small, large, tokenizer, prompt, gate, large_cache=keep, **settings)
+            cache = made[0].cache if isinstance(made[0], PolicyDriver) else made[0]
+            fidelity = float(rouge_scores([result.text], [alone])["rougeL"][0])
+            row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
+            row |= {"fidelity": fidelity, "cache_tokens": cache.get_seq_length(), "live_bytes": live_bytes(cache)}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def sweep(
     small: PreTrainedModel,
     large: PreTrainedModel,
@@ -264,31 +371,43 @@ def sweep(
     tuning_prompts: list[str] | None = None,
     **settings,
 ) -> pd.DataFrame:
-    """Quality and speed of each signal at each usage: one row a threshold.
+    """Quality and speed of each signal at each usage: one row a threshold, as `summarise_gates` and `target_usage`.
 
-    Thresholds are percentiles of the signal on gated text of `tuning_prompts` (default: the prompts themselves), so
-    that `usage` is near `target_usage` but not it; the oracle cannot fire more often than the models differ. Columns:
-    `signal, target_usage, threshold, usage, fidelity` (with `_low`, `_high`), ROUGE, `ms_per_token, speedup,
-    cost_ratio, ideal, share`. The large and the small model alone run interleaved with every gate. `settings` are
-    those of `gated_generate`, as far as `evaluate_gate` takes them.
+    The gates are those of `sweep_gates`; all of them and the two models alone take turns. `settings` are those of
+    `gated_generate`, as far as `evaluate_gate` takes them.
     """
-    rows = []
+    gates = sweep_gates(small, large, tokenizer, tuning_prompts or prompts, signals, usages, max_new_tokens, **settings)
+    table = evaluate_gate(
+        small, large, tokenizer, prompts, references, gates, max_new_tokens, methods=(GATED, LARGE, SMALL), **settings
+    )
+    summary = summarise_gates(table, gates)
+    summary.insert(1, "target_usage", [usage for _ in signals for usage in usages])
+    return summary
+
+
+def sweep_gates(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    signals: Sequence[str],
+    usages: Sequence[float],
+    max_new_tokens: int = 50,
+    **settings,
+) -> dict[str, EntropyGate]:
+    """A gate for each signal and usage, by the name "signal usage".
+
+    Thresholds are percentiles of the signal on gated text of `prompts` (see `threshold_on_gated_text`), so that usage
+    elsewhere is near the target but not it; the oracle cannot fire more often than the models differ.
+    """
+    gates = {}
     for signal in signals:
-        for target in usages:
-            gate = threshold_on_gated_text(
-                small, large, tokenizer, tuning_prompts or prompts, signal, target, max_new_tokens, **settings
-            )
-            table = evaluate_gate(
-                small, large, tokenizer, prompts, references, gate, max_new_tokens,
-                methods=(GATED, LARGE, SMALL), **settings,
-            )  # fmt: skip
-            gated = table[table["method"] == GATED]
-            fidelity, low, high = bootstrap_mean(gated["fidelity"])
-            rows.append(
-                {"signal": signal, "target_usage": target, "threshold": gate.threshold}
-                | speed_against_ideal(table)
-                | {"fidelity": fidelity, "fidelity_low": low, "fidelity_high": high}
-                | gated[list(ROUGE_TYPES)].mean().to_dict()
-                | {"ms_per_token": summarise_methods(table)["ms_per_token"][GATED]}
-            )
-    return pd.DataFrame(rows)
+        for usage in usages:
+            if signal == "random" and 0 < usage < 1:
+                gate = EntropyGate(1 - usage, signal)
+            else:
+                gate = threshold_on_gated_text(
+                    small, large, tokenizer, prompts, signal, usage, max_new_tokens, **settings
+                )
+            gates[f"{signal} {usage:g}"] = gate
+    return gates

@@ -28,6 +28,15 @@ GROUP_STYLES = {
     "learned at settle": ("#d55e00", "P"),
     "stock": ("0.45", "X"),
 }
+# One look per signal of the gate, and per author of a token.
+SIGNAL_STYLES = {
+    "entropy": ("#0072b2", "o", "-"),
+    "max_prob": ("#e69f00", "s", "--"),
+    "margin": ("#009e73", "^", "-."),
+    "random": ("0.45", "X", ":"),
+    "oracle": ("black", "*", "-"),
+}
+AUTHOR_LOOKS = {"small": ("#cfe1ee", "black"), "large": (VERMILION, "white")}
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
@@ -106,30 +115,47 @@ def tokens_by_width(
     tokens: Sequence[str], widths: Sequence[float], title: str, subtitle: str, size_inches: float = 8.0
 ) -> Figure:
     """A text as boxes, one a token, coloured by its (average) width, with the number of bits under it."""
+    looks = [_width_look(float(bits)) for bits in widths]
+    return _token_boxes(tokens, looks, [f"{bits:.2g}" for bits in widths], title, subtitle, size_inches)
+
+
+def tokens_by_author(
+    tokens: Sequence[str], authors: Sequence[str], signal: Sequence[float], title: str, subtitle: str,
+    size_inches: float = 8.0,
+) -> Figure:  # fmt: skip
+    """A gated text as boxes, one a token, coloured by the model that wrote it, with the signal's value under it."""
+    looks = [AUTHOR_LOOKS[author] for author in authors]
+    return _token_boxes(tokens, looks, [f"{value:.1f}" for value in signal], title, subtitle, size_inches)
+
+
+def _token_boxes(
+    tokens: Sequence[str], looks: Sequence[tuple[str, str]], notes: Sequence[str], title: str, subtitle: str,
+    size_inches: float,
+) -> Figure:  # fmt: skip
+    """Boxes of (colour, ink) that flow like text, a small note under each."""
     figure = plt.figure(figsize=(size_inches, 2.0))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     renderer = figure.canvas.get_renderer()
     dots = figure.dpi * size_inches
     x, row, places = 0.01, 0, []
-    for token, bits in zip(tokens, widths, strict=True):
+    for token, look, note in zip(tokens, looks, notes, strict=True):
         shown = token.replace("\n", "↵").strip() or "·"
         text = axes.text(0, 0, shown, fontsize=9.5)
         width = text.get_window_extent(renderer).width / dots + 0.016
         text.remove()
         if x + width > 0.99:
             x, row = 0.01, row + 1
-        places.append((x, row, shown, float(bits)))
+        places.append((x, row, shown, look, note))
         x += width + 0.003
     rows = row + 1
     height = 0.75 + 0.42 * rows
     figure.set_size_inches(size_inches, height)
-    for x, row, shown, bits in places:
+    for x, row, shown, (colour, ink), note in places:
         y = 1 - (0.85 + 0.42 * row) / height
-        colour, ink = _width_look(bits)
         axes.text(x + 0.008, y, shown, fontsize=9.5, color=ink, va="baseline",
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 2.2})  # fmt: skip
-        axes.text(x + 0.008, y - 0.145 / height, f"{bits:.2g}", fontsize=6.5, color="0.25", va="baseline")
+        axes.text(x + 0.008, y - 0.145 / height, note, fontsize=6.5, color="0.25", va="baseline")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.text(0.01, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", va="center")
@@ -305,4 +331,105 @@ def latency_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("median time per token (ms)")
     axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def signal_distributions(
+    values: dict[str, np.ndarray], thresholds: dict[str, float], label: str, title: str, subtitle: str
+) -> Figure:
+    """Histograms of a signal (share of the tokens of each text), with thresholds as named vertical lines."""
+    figure, axes = _frame(title, subtitle)
+    bins = np.linspace(0, max(array.max() for array in values.values()), 41)
+    for (name, array), colour, fill in zip(values.items(), (BLUE, VERMILION), (0.35, 0.0), strict=False):
+        weights = np.full(len(array), 100 / len(array))
+        axes.hist(array, bins, weights=weights, histtype="stepfilled" if fill else "step", alpha=None,
+                  color=(*plt.matplotlib.colors.to_rgb(colour), fill) if fill else colour, edgecolor=colour,
+                  linewidth=1.3, label=name)  # fmt: skip
+    for (name, threshold), style in zip(thresholds.items(), ("-", "--", ":"), strict=False):
+        axes.axvline(threshold, color="black", linestyle=style, linewidth=1.2, label=f"{name}: {threshold:.2f}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("share of tokens (%)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def gate_trace(table: pd.DataFrame, threshold: float, title: str, subtitle: str) -> Figure:
+    """`signal` over the steps of one gated text (see `gate.trace`), the steps where the gate fired marked."""
+    figure, axes = _frame(title, subtitle, (8.2, 3.2))
+    axes.plot(table["step"], table["signal"], color=BLUE, linewidth=1.2)
+    for fired, marker, size in ((False, "o", 14), (True, "D", 34)):
+        part = table[table["fired"] == fired]
+        colour = VERMILION if fired else BLUE
+        label = f"{'large' if fired else 'small'} model writes ({len(part)})"
+        axes.scatter(part["step"], part["signal"], s=size, color=colour, marker=marker, zorder=3, label=label)
+    axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold, {threshold:.2f}")
+    axes.set_xlabel("token written")
+    axes.set_ylabel("entropy of the small model (bits)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def against_usage(
+    table: pd.DataFrame, y: str, ends: tuple[float, float] | None, label: str, title: str, subtitle: str,
+    axes: plt.Axes | None = None,
+) -> Figure:  # fmt: skip
+    """`y` with interval (`_low`, `_high`) against measured `usage`, one line a `signal`.
+
+    `ends` are the values of the small model alone and of the large one; lines are drawn from the one to the other.
+    """
+    figure, axes = _frame(title, subtitle, (6.8, 4.2)) if axes is None else (axes.figure, axes)
+    for signal, part in table.groupby("signal", sort=False):
+        colour, marker, dash = SIGNAL_STYLES[signal]
+        part = part.sort_values("usage")
+        errors = np.stack([part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]).clip(min=0)
+        axes.errorbar(100 * part["usage"], part[y], errors, fmt=marker, color=colour, markersize=6, linewidth=1,
+                      capsize=2, label=signal)  # fmt: skip
+        points = part[["usage", y]].to_numpy()
+        if ends is not None:
+            points = np.array([(0, ends[0]), *points, (1, ends[1])])
+        axes.plot(100 * points[:, 0], points[:, 1], dash, color=colour, linewidth=1.1)
+    if ends is not None:
+        axes.plot([0, 100], ends, "k|", markersize=9)
+    axes.set_xlabel("tokens that the large model wrote (%)")
+    axes.set_ylabel(label)
+    axes.legend(title="signal", title_fontsize=8, frameon=False, fontsize=8, loc="center left",
+                bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+    return figure
+
+
+def speedup_against_usage(
+    table: pd.DataFrame, others: dict[str, float], title: str, subtitle: str, axes: plt.Axes | None = None
+) -> Figure:
+    """`speedup` over the large model with interval against `usage`, the ideal 1 / (c + p), and `others` as lines."""
+    figure, axes = _frame(title, subtitle, (6.8, 4.2)) if axes is None else (axes.figure, axes)
+    cost_ratio = float(table["cost_ratio"].mean())
+    usage = np.linspace(0, 1, 101)
+    axes.plot(100 * usage, 1 / (cost_ratio + usage), color="black", linewidth=1.2,
+              label=f"ideal 1 / (c + p), c = {cost_ratio:.2f}")  # fmt: skip
+    for signal, part in table.groupby("signal", sort=False):
+        colour, marker, dash = SIGNAL_STYLES[signal]
+        part = part.sort_values("usage")
+        errors = np.stack([part["speedup"] - part["speedup_low"], part["speedup_high"] - part["speedup"]]).clip(min=0)
+        axes.errorbar(100 * part["usage"], part["speedup"], errors, fmt=f"{marker}{dash}", color=colour, markersize=6,
+                      linewidth=1.1, capsize=2, label=signal)  # fmt: skip
+    for (name, value), style in zip(others.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color="0.5", linestyle=style, linewidth=1.1, label=f"{name}: {value:.2f}")
+    axes.set_xlabel("tokens that the large model wrote (%)")
+    axes.set_ylabel("speed-up over the large model (per token)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def gate_choice(table: pd.DataFrame, chosen: pd.Series, title: str, subtitle: str) -> Figure:
+    """Fidelity and speed-up against usage of one signal's sweep, the row `chosen` ringed in both panels."""
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained")
+    against_usage(table, "fidelity", None, "fidelity: ROUGE-L to the large model", "", "", panels[0])
+    speedup_against_usage(table, {}, "", "", panels[1])
+    for axes, y in zip(panels, ("fidelity", "speedup"), strict=True):
+        axes.plot(100 * chosen["usage"], chosen[y], "o", markersize=15, markerfacecolor="none", color=VERMILION)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, 100)
+        axes.get_legend().remove()
+    figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=10)
     return figure

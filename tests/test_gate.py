@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_config
+from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
 import main
+from helpers import explorers, plots
 from helpers.attention import use_packed_attention
 from helpers.calibration import calibrate, correct_by_bisection, fingerprint, measure_usage, text_signals
 from helpers.corpora import load_articles, load_paragraphs, read_articles
@@ -36,9 +38,12 @@ from helpers.gate_evaluation import (
     METHODS,
     compare,
     evaluate_gate,
+    evaluate_large_caches,
     fit_prompts,
+    gains_over_random,
     sample_articles,
     speed_against_ideal,
+    summarise_gates,
     summarise_methods,
     sweep,
     threshold_on_gated_text,
@@ -547,6 +552,68 @@ def test_a_sweep_has_a_row_for_every_signal_and_usage(pair):
     assert (table.loc[table["target_usage"] == 0, "usage"] == 0).all()
     shown = table[(table["target_usage"] == 0.4) & (table["signal"] != "oracle")]
     assert shown["usage"].between(0.2, 0.6).all()
+
+
+@pytest.fixture(scope="module")
+def several(pair):
+    gates = {f"{s} {t:g}": EntropyGate(t, s) for s, t in (("entropy", 7.95), ("entropy", 7.98), ("random", 0.7))}
+    table = evaluate_gate(*pair, PROMPTS, PROMPTS, gates, 12, methods=("gated", "large", "small"))
+    return gates, table, summarise_gates(table, gates)
+
+
+def test_several_gates_take_turns_in_one_run(several, pair):
+    gates, table, summary = several
+    assert table["method"].tolist() == [*gates, LARGE, SMALL] * 3
+    assert summary.index.tolist() == list(gates)
+    for of in ("usage", "fidelity", "rougeL", "speedup"):
+        assert (summary[f"{of}_low"] <= summary[of] + 1e-9).all()
+        assert (summary[of] <= summary[f"{of}_high"] + 1e-9).all()
+    with pytest.raises(ValueError, match="name of another method: large"):
+        evaluate_gate(*pair, PROMPTS, PROMPTS, {"large": EntropyGate(1.0)})
+
+
+def test_gains_are_read_off_the_curves():
+    rows = [
+        {"prompt": i, "method": method, "tokens": 10, "usage": usage, "fidelity": fidelity}
+        for i in range(4)
+        for method, usage, fidelity in (
+            ("small", 1.0, 0.2), ("e", 0.5, 0.8), ("r", 0.5, 0.6), ("large", 1.0, 1.0),
+        )
+    ]  # fmt: skip
+    gains = gains_over_random(pd.DataFrame(rows), {"e": EntropyGate(1.0), "r": EntropyGate(0.5, "random")}, at=0.25)
+    assert gains.loc["entropy", ["gain", "gain_low", "gain_high"]].tolist() == pytest.approx([0.1] * 3)
+    assert gains.loc["entropy", "area"] == pytest.approx(0.1, abs=0.002)
+
+
+def test_the_large_model_may_keep_a_packed_cache(pair):
+    caches = {"dynamic": lambda model: DynamicCache(config=model.config), "fixed": CACHES["schedule"]}
+    table = evaluate_large_caches(*pair, PROMPTS[:2], EntropyGate(0.5, "random"), caches, 20)
+    assert table["cache"].tolist() == ["dynamic", "fixed"] * 2
+    size = table.groupby("cache")["live_bytes"].sum()
+    assert 0 < size["fixed"] < size["dynamic"]
+
+
+def test_the_gates_figures_and_explorer(several, pair, tmp_path):
+    summary = several[2]
+    result = gated_generate(*pair, PROMPTS[0], EntropyGate(0.5, "random"), 20)
+    shown = trace(result, pair[2])
+    values = {"read": np.linspace(0, 5, 50), "written": np.linspace(0, 4, 50)}
+    figures = [
+        plots.signal_distributions(values, {"frozen": 2.0}, "bits", "title", "subtitle"),
+        plots.gate_trace(shown, 0.5, "title", "subtitle"),
+        plots.tokens_by_author(shown["token"], shown["author"], shown["signal"], "title", "subtitle"),
+        plots.against_usage(summary, "fidelity", (0.2, 1.0), "fidelity", "title", "subtitle"),
+        plots.speedup_against_usage(summary, {"assisted": 1.1}, "title", "subtitle"),
+    ]
+    for number, figure in enumerate(figures):
+        assert plots.save_figure(figure, tmp_path, f"05_{number}").stat().st_size > 5000
+        plt.close(figure)
+    signal, threshold, image = explorers.gate_explorer(summary).children
+    before, threshold.value = image.value, 7.98
+    assert image.value != before
+    before, signal.value = image.value, "random"
+    assert threshold.value == 0.7
+    assert image.value != before
 
 
 def test_articles_are_cut_to_fit_and_sampled_apart(pair):
