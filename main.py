@@ -192,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--holdout-text", help="the story file whose last tenth was held out in training")
     command.set_defaults(run=card)
 
+    commands.add_parser("bench", help="kernels and decode steps against the caches of transformers")
+
     command = commands.add_parser("gate", help="compare entropy-gated generation with its baselines (the default)")
     command.add_argument("--preset", help="embedded (default), smollm or llama; also the variable PRESET")
     command.add_argument("--small", help="folder or hub name instead of the preset's small model")
@@ -217,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["gate", *arguments]
+    if arguments[0] == "bench":  # its options are those of the module
+        from helpers.benchmark import main as bench
+
+        return bench(arguments[1:])
     options = parser.parse_args(arguments)
     try:
         options.run(options)
