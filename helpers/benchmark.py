@@ -5,51 +5,54 @@
 
 All methods of a case are measured in one process, in rounds whose order is drawn anew; a ratio is the median over
 rounds of two times of the same round. Results go to `data/benchmarks/`, one JSON a machine and kind, with the time of
-every round in it.
+every round in it. On a CPU the stock quantized caches stop at 8,192 tokens unless `--methods` asks for them.
 """
 
 import argparse
 import gc
 import random
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from tqdm.auto import tqdm
 
-from helpers.benchmark_bars import CPU_BARS, CUDA_BARS, check_bars, paired_ratio
-from helpers.benchmark_cases import (
-    METHODS,
-    SHAPES,
-    AttentionRun,
-    DecodeRun,
-    Method,
-    PrefillRun,
-    copy_bandwidth,
-    random_model,
-    shape_config,
-    weight_count,
+from helpers.benchmark_plots import benchmark_figure
+from helpers.benchmark_results import (
+    COLUMNS,
+    CPU_BARS,
+    CUDA_BARS,
+    FOLDER,
+    check_bars,
+    load_benchmarks,
+    paired_ratio,
+    report,
+    save_benchmarks,
 )
-from helpers.files import ROOT, cpu_name, provenance, relative_to_root, write_json
+from helpers.benchmark_runs import METHODS, AttentionRun, DecodeRun, Method, PrefillRun, copy_bandwidth
+from helpers.files import ROOT, cpu_name, relative_to_root
 from helpers.metrics import bootstrap_median
 from helpers.models import choose_device, load_model
+from helpers.plots import save_figure
+from helpers.shapes import SHAPES, random_model, shape_config, weight_count
 
-__all__ = ["METHODS", "SHAPES", "Settings", "load_benchmarks", "random_model", "run", "shape_config"]
+__all__ = ["SHAPES", "Case", "Settings", "interleave", "load_benchmarks", "main", "plan", "random_model", "run"]
 
 KINDS = ("attention", "decode", "prefill", "embedded")
-FOLDER = ROOT / "data" / "benchmarks"
-COLUMNS = ["kind", "shape", "method", "group", "dtype", "context", "batch", "ms", "ms_low", "ms_high",
-           "ratio", "ratio_low", "ratio_high", "round_ms", "stored_bytes", "live_bytes", "peak_bytes", "read_bytes", "code_bits",
-           "bandwidth_gbs", "copy_share", "error"]  # fmt: skip
 SWEEP_BYTES = 2**28  # plain keys and values of the layers that an attention sweep goes through
 LONG, LONG_SWEEPS = 16384, 4  # from this context on a round has fewer sweeps
-STOCK_LIMIT = 8192  # tokens from which the stock quantized caches take minutes a round on a CPU
+STOCK = ("quanto", "hqq")
+STOCK_LIMIT = 8192  # tokens beyond which these take minutes a round on a CPU
+ATTENTION_METHODS = ("dynamic", "static-cache", "sdpa", "2", "4", "8", "16", "mix", "learned", "reference")
+DECODE_METHODS = ("dynamic", "static-cache", "2", "4", "8", "16", "mix", "learned", *STOCK)
+CPU_DECODE_METHODS = ("dynamic", "static-cache", "4", "learned", *STOCK)
+PROMPT_METHODS = ("dynamic", "4", "learned")
 
 
 @dataclass(frozen=True)
@@ -84,50 +87,49 @@ class Case:
     shape: str
     context: int
     batch: int
-    methods: tuple[str, ...] = field(default=())
+    methods: tuple[str, ...]
 
-
-ATTENTION_METHODS = ("dynamic", "static-cache", "sdpa", "2", "4", "8", "16", "mix", "learned", "reference")
-DECODE_METHODS = ("dynamic", "static-cache", "2", "4", "8", "16", "mix", "learned", "quanto", "hqq")
-CPU_DECODE_METHODS = ("dynamic", "static-cache", "4", "learned", "quanto", "hqq")
-PREFILL_METHODS = ("dynamic", "4", "learned")
-EMBEDDED_METHODS = ("dynamic", "4", "learned")
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.shape}, {self.context:,} tokens x {self.batch}"
 
 
 def plan(settings: Settings, device: torch.device) -> list[Case]:
-    """The cases of a run. Without choices: on a CPU what the bars of a CPU need, on CUDA the whole grid."""
+    """The cases of a run. Without choices: on a CPU what its bars need, on CUDA shapes, contexts and batches of all."""
     cuda = device.type == "cuda"
+    large = ("SmolLM-360M", "SmolLM-1.7B", "Llama-2-7B")
+    models = tuple(SHAPES) if cuda else ("SmolLM-135M",)
+    batches = (1, 8) if cuda else (1,)
     defaults = {
         "attention": (
-            ("SmolLM-360M", "SmolLM-1.7B", "Llama-2-7B") if cuda else ("SmolLM-360M",),
+            large if cuda else ("SmolLM-360M",),
             (512, 4096, 32768) if cuda else (128, 512, 4096, 32768),
-            (1, 8) if cuda else (1,),
+            batches,
             ATTENTION_METHODS,
         ),
         "decode": (
-            tuple(SHAPES) if cuda else ("SmolLM-135M",),
+            models,
             (512, 1024, 4096, 32768) if cuda else (512, 4096, 16384),
-            (1, 8) if cuda else (1,),
+            batches,
             DECODE_METHODS if cuda else CPU_DECODE_METHODS,
         ),
-        "prefill": (tuple(SHAPES) if cuda else ("SmolLM-135M",), (2048,), (1,), PREFILL_METHODS),
+        "prefill": (models, (2048,), (1,), PROMPT_METHODS),
     }
     cases = []
     for kind in settings.kinds:
+        allowed = [key for key in METHODS if key not in (STOCK if kind == "attention" else ("sdpa", "reference"))]
         if kind == "embedded":
-            cases.append(Case(kind, "large", 256, 1, settings.methods or EMBEDDED_METHODS))
+            methods = tuple(key for key in settings.methods or PROMPT_METHODS if key in allowed)
+            cases.append(Case(kind, "large", 256, 1, methods))
             continue
         shapes, contexts, batches, methods = defaults[kind]
         if settings.quick:
-            shapes, contexts, batches = shapes[:1], contexts[:2], batches[:1]
-        methods = tuple(k for k in settings.methods or methods if kind == "attention" or k not in ("sdpa", "reference"))
-        if kind == "attention":
-            methods = tuple(key for key in methods if key not in ("quanto", "hqq"))
+            shapes, contexts = shapes[:1], contexts[:2]
+        methods = [key for key in settings.methods or methods if key in allowed]
         for shape in settings.shapes or shapes:
             for batch in settings.batches or batches:
-                for context in settings.contexts if settings.contexts and kind != "prefill" else contexts:
-                    fast = tuple(k for k in methods if cuda or context <= STOCK_LIMIT or k not in ("quanto", "hqq"))
-                    cases.append(Case(kind, shape, context, batch, fast))
+                for context in (() if kind == "prefill" else settings.contexts) or contexts:
+                    slow = () if cuda or settings.methods or context <= STOCK_LIMIT else STOCK
+                    cases.append(Case(kind, shape, context, batch, tuple(k for k in methods if k not in slow)))
     return cases
 
 
@@ -186,75 +188,103 @@ def run(
 ) -> tuple[pd.DataFrame, float]:
     """Measure all cases; returns the table (columns `COLUMNS`, a row a method and case) and the copy bandwidth in GB/s.
 
-    Shapes whose weights do not fit the device are left out with a line.
+    Models and caches that do not fit the free memory are left out with a line.
     """
     release_memory()
     copy_gbs = copy_bandwidth(device) / 1e9
     cases = plan(settings, device)
     rows: list[dict[str, object]] = []
-    total = sum(len(case.methods) for case in cases) * (settings.rounds + 1)
+    total = sum(len(case.methods) * (_rounds(case, settings) + 1) for case in cases)
     with tqdm(total=total, desc="benchmark", disable=not progress, leave=False) as bar:
-        for model, case in _with_models(cases, settings.seed, device, dtype):
-            bar.set_postfix_str(f"{case.kind} {case.shape} {case.context}x{case.batch}")
-            methods = [method for method in (METHODS[key]() for key in case.methods) if _installed(method)]
-            bar.update((len(case.methods) - len(methods)) * (settings.rounds + 1))
-            openers = {m.name: _opener(m, case, settings, model, device, dtype) for m in methods}
-            keep = device.type != "cuda" and case.kind != "embedded"
-            times, facts, failed = interleave(openers, settings.rounds, keep, settings.seed, lambda: bar.update(1))
-            for name, reason in failed.items():
-                tqdm.write(f"{case.kind}, {case.shape}, {case.context} x {case.batch}: {name} left out, {reason}")
-            rows += _rows(case, methods, str(dtype).removeprefix("torch."), times, facts, failed, copy_gbs)
+        for _, group in groupby(cases, key=lambda case: (case.kind == "attention", case.shape)):
+            model = None
+            for case in group:
+                bar.set_postfix_str(str(case))
+                shortage = _shortage(case, model, device, dtype)
+                if shortage:
+                    tqdm.write(f"{case}: left out, {shortage}")
+                    bar.update(len(case.methods) * (_rounds(case, settings) + 1))
+                    continue
+                if model is None:
+                    model = _load(case, settings.seed, device, dtype)
+                rows += _measure(case, settings, model, device, dtype, copy_gbs, bar)
+                release_memory()
     return pd.DataFrame(rows, columns=COLUMNS), copy_gbs
 
 
-def _installed(method: Method) -> bool:
-    return getattr(method.store, "installed", True)
+def _measure(
+    case: Case, settings: Settings, model, device: torch.device, dtype: torch.dtype, copy_gbs: float, bar: tqdm
+) -> list[dict[str, object]]:
+    methods = [method for method in (METHODS[key]() for key in case.methods) if method.installed]
+    rounds = _rounds(case, settings)
+    bar.update((len(case.methods) - len(methods)) * (rounds + 1))
+    together = len(methods) * _plain_bytes(case, dtype) < _free_memory(device) / 2
+    keep = device.type != "cuda" and case.kind != "embedded" and together  # on CUDA to see the peak of each alone
+    openers = {m.name: _opener(m, case, settings, model, device, dtype, keep) for m in methods}
+    times, facts, failed = interleave(openers, rounds, keep, settings.seed, lambda: bar.update(1))
+    for name, reason in failed.items():
+        tqdm.write(f"{case}: {name} left out, {reason}")
+    return _rows(case, methods, str(dtype).removeprefix("torch."), times, facts, failed, copy_gbs)
 
 
-def _with_models(
-    cases: Sequence[Case], seed: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[object, Case]]:
-    """Each case with the model that it runs on (None for attention), only one model in memory at a time."""
-    model, held = None, None
-    for case in sorted(cases, key=lambda case: (case.kind == "embedded", case.kind != "attention", case.shape)):
-        wanted = None if case.kind == "attention" else case.shape
-        if wanted != held:
-            model = None
-            release_memory()
-            held = wanted
-            if case.kind == "embedded":
-                model, _ = load_model(ROOT / "data" / "models" / case.shape, device, dtype, quiet=True)
-            elif wanted is not None:
-                if _fits(case.shape, device, dtype):
-                    model = random_model(case.shape, seed, device, dtype)
-                else:
-                    tqdm.write(f"{case.shape}: its weights do not fit the free memory of the device, left out")
-        if model is not None or wanted is None:
-            yield model, case
+def _rounds(case: Case, settings: Settings) -> int:
+    return settings.rounds * (3 if case.kind == "embedded" else 1)  # its rounds are short
 
 
-def _fits(shape: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _load(case: Case, seed: int, device: torch.device, dtype: torch.dtype):
+    """The model of a case; attention needs none."""
+    if case.kind == "attention":
+        return None
+    if case.kind == "embedded":
+        return load_model(ROOT / "data" / "models" / case.shape, device, dtype, quiet=True)[0]
+    return random_model(case.shape, seed, device, dtype)
+
+
+def _plain_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Bytes of the full-precision cache of a case, of the layers that are there."""
+    if case.kind == "embedded":
+        return 0
+    config = shape_config(case.shape)
+    each = 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return each * (_layers(case, dtype) if case.kind == "attention" else config.num_hidden_layers)
+
+
+def _layers(case: Case, dtype: torch.dtype) -> int:
+    """Layers that an attention sweep goes through: as many as fill `SWEEP_BYTES`, two at least."""
+    config = shape_config(case.shape)
+    each = 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return min(config.num_hidden_layers, max(2, SWEEP_BYTES // each))
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _shortage(case: Case, model, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a case cannot run, or nothing. On CUDA a cache that is too large fails by itself, and only that method."""
+    if case.kind == "embedded":
+        return ""
+    needed = 0
+    if model is None and case.kind != "attention":
+        needed = weight_count(shape_config(case.shape)) * dtype.itemsize
     if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return weight_count(shape_config(shape)) * dtype.itemsize < 0.9 * free
+        needed += 2 * _plain_bytes(case, dtype)
+    free = _free_memory(device)
+    return f"it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if needed > 0.9 * free else ""
 
 
 def _opener(
-    method: Method, case: Case, settings: Settings, model, device: torch.device, dtype: torch.dtype
+    method: Method, case: Case, settings: Settings, model, device: torch.device, dtype: torch.dtype, keep: bool
 ) -> Callable[[], object]:
     seed = settings.seed
     if case.kind == "attention":
+        layers, sweeps = _layers(case, dtype), LONG_SWEEPS if case.context >= LONG else 16
         config = shape_config(case.shape)
-        numbers = 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim
-        layers = min(config.num_hidden_layers, max(2, SWEEP_BYTES // (numbers * dtype.itemsize)))
-        sweeps = LONG_SWEEPS if case.context >= LONG else 16
         return partial(AttentionRun, method, config, case.context, case.batch, device, dtype, layers, sweeps, seed)
     if case.kind == "prefill":
         return partial(PrefillRun, method, model, case.context, case.batch, seed)
-    embedded = case.kind == "embedded"
-    rounds = 1 if embedded or device.type == "cuda" else settings.rounds + 1
-    return partial(DecodeRun, method, model, case.context, case.batch, 1, rounds, embedded, seed)
+    rounds = settings.rounds + 1 if keep else 1
+    return partial(DecodeRun, method, model, case.context, case.batch, rounds, case.kind == "embedded", seed)
 
 
 def _rows(
@@ -288,64 +318,9 @@ def _rows(
     return rows
 
 
-def device_slug(device: str) -> str:
-    """A device's name as part of a file name: lower case, letters and digits joined by dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device.lower())).strip("-")
-
-
-def save_benchmarks(
-    table: pd.DataFrame, copy_gbs: float, settings: Settings, device: torch.device, folder: str | Path = FOLDER
-) -> list[Path]:
-    """Write one JSON a kind into `folder`: settings, copy bandwidth, provenance and the rows; returns their paths."""
-    about = provenance(copy_gbs=round(copy_gbs, 3), settings=asdict(settings))
-    if device.type == "cpu":
-        about["device"] = cpu_name()
-    paths = []
-    for kind, part in table.groupby("kind", sort=False):
-        rows = [
-            {name: value for name, value in row.items() if not (isinstance(value, float) and np.isnan(value))}
-            for row in part.to_dict("records")
-        ]
-        paths.append(Path(folder) / f"{device_slug(about['device'])}-{kind}.json")
-        write_json(paths[-1], {**about, "rows": rows})
-    return paths
-
-
-def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
-    """All measurements in `folder` as one table: `COLUMNS` and `device`, `threads`, `date`, `copy_gbs`.
-
-    Raises `FileNotFoundError` where there are none.
-    """
-    import json
-
-    parts = []
-    for path in sorted(Path(folder).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        part = pd.DataFrame(content["rows"]).reindex(columns=COLUMNS)
-        parts.append(part.assign(**{name: content[name] for name in ("device", "threads", "date", "copy_gbs")}))
-    if not parts:
-        raise FileNotFoundError(f"no benchmark in {relative_to_root(folder)}: run python main.py bench first")
-    return pd.concat(parts, ignore_index=True)
-
-
-def report(table: pd.DataFrame, bars: pd.DataFrame, copy_gbs: float) -> str:
-    """The table and the bars as text."""
-    shown = ["method", "ms", "ratio", "ratio_low", "ratio_high", "code_bits", "bandwidth_gbs", "copy_share"]
-    parts = [f"copy bandwidth {copy_gbs:.1f} GB/s, read and written"]
-    for (kind, shape, batch, context), part in table.groupby(["kind", "shape", "batch", "context"], sort=False):
-        parts.append(f"{kind}, {shape}, batch {batch}, {context:,} tokens; ms, and ratio to DynamicCache")
-        columns = [name for name in shown if part[name].notna().any()]
-        columns += [
-            name
-            for name in ("stored_bytes", "live_bytes", "peak_bytes")
-            if kind != "attention" and part[name].notna().any()
-        ]
-        parts.append(part[columns].round(4).to_string(index=False))
-    bars = bars[bars["result"] != "not measured"]
-    for row in bars.to_dict("records"):
-        interval = "" if np.isnan(row["low"]) else f" ({row['low']:.2f} to {row['high']:.2f})"
-        parts.append(f"{row['result']}: {row['measured']:.2f}{interval}; {row['bar']}")
-    return "\n".join(parts)
+def device_name(device: torch.device) -> str:
+    """What the machine calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -360,8 +335,13 @@ def run_command(options: argparse.Namespace) -> None:
     table, copy_gbs = run(settings, device, dtype)
     print(report(table, check_bars(table, CUDA_BARS if device.type == "cuda" else CPU_BARS), copy_gbs))
     if options.out != "-":
-        for path in save_benchmarks(table, copy_gbs, settings, device, options.out or FOLDER):
+        for path in save_benchmarks(table, copy_gbs, asdict(settings), device_name(device), options.out or FOLDER):
             print(f"-> {relative_to_root(path)}")
+    if options.figure:
+        folder = FOLDER if options.out in (None, "-") else options.out
+        measured = load_benchmarks(folder)
+        figure = benchmark_figure(measured[measured["device"] == device_name(device)])
+        print(f"-> {relative_to_root(save_figure(figure, ROOT / 'figures', '04_kernels'))}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -376,6 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the first accelerator, else the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help=f"folder; default: {relative_to_root(FOLDER)}; - for none")
+    parser.add_argument("--figure", action="store_true", help="draw figures/04_kernels.png of what --out holds")
     options = parser.parse_args(arguments)
     try:
         run_command(options)

@@ -1,4 +1,4 @@
-"""What the benchmark runs: model shapes with random weights, caches filled without a model, and single measurements.
+"""What the benchmark runs: the methods, caches filled without a model, and single measurements.
 
 A run (`AttentionRun`, `DecodeRun`, `PrefillRun`) is one method on one case; `measure` gives the time of one round in
 ms. How rounds are arranged, and what becomes of the numbers, is for `helpers.benchmark`.
@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
-from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from helpers.attention import packed_attention_forward, use_packed_attention
+from helpers.attention import packed_attention_forward
 from helpers.attention.reference import packed_attention
 from helpers.controller import QUALITY_SCHEDULE, LearnedController
 from helpers.files import ROOT
@@ -28,60 +27,6 @@ from helpers.stores import AnyStore, FullPrecision, StockQuantized, Store, code_
 
 BLOCK = 16  # steps of a round: one commit of ours falls into each
 FILL_BYTES = 2**27  # keys that are made and committed at once while a cache is filled
-SMOLLM = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 2048}
-
-# As in the models' published configurations.
-SHAPES: dict[str, dict[str, object]] = {
-    "SmolLM-135M": {**SMOLLM, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                    "num_attention_heads": 9, "num_key_value_heads": 3},
-    "SmolLM-360M": {**SMOLLM, "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-                    "num_attention_heads": 15, "num_key_value_heads": 5},
-    "SmolLM-1.7B": {**SMOLLM, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-                    "num_attention_heads": 32, "num_key_value_heads": 32},
-    "Llama-2-7B": {"vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
-                   "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 32},
-}  # fmt: skip
-
-
-def shape_config(shape: str, **changes: object) -> LlamaConfig:
-    """Configuration of one of `SHAPES`, entries replaced by `changes`. Raises `ValueError` for other names."""
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    return LlamaConfig(**{**SHAPES[shape], **changes})
-
-
-def weight_count(config: PreTrainedConfig) -> int:
-    """Number of weights of a model of this shape, found without allocating it."""
-    with torch.device("meta"), no_init_weights():
-        model = LlamaForCausalLM(config)
-    model.tie_weights()
-    return sum(p.numel() for p in model.parameters())
-
-
-@torch.no_grad()
-def random_model(
-    shape: str | LlamaConfig,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> LlamaForCausalLM:
-    """A model of one of `SHAPES` (or of a configuration) with normal random weights, ready for packed attention.
-
-    Made on the device itself, in the order of its parameters: the same seed gives the same weights on one device.
-    """
-    config = shape_config(shape) if isinstance(shape, str) else shape
-    with torch.device(device), no_init_weights():
-        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    model.tie_weights()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, config.initializer_range, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    model.generation_config.eos_token_id = None
-    return use_packed_attention(model)
 
 
 @dataclass(frozen=True)
@@ -93,6 +38,11 @@ class Method:
     store: AnyStore
     attend: str = "dispatched"  # "reference": ours in plain PyTorch; "sdpa": no new token, only the attention
     static: bool = False  # StaticCache in place of what `store` opens
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs is there."""
+        return getattr(self.store, "installed", True)
 
     def open(self, model: PreTrainedModel, capacity: int) -> tuple[Cache, PolicyDriver | None]:
         """An empty cache, with room for `capacity` tokens where room has to be given, and its driver."""
@@ -271,10 +221,11 @@ def read_bytes(cache: Cache) -> int:
 
 
 class DecodeRun:
-    """Whole decode steps of a model after `tokens` cached tokens, in rounds of whole blocks.
+    """Whole decode steps of a model after `tokens` cached tokens; a round is a block of steps.
 
-    A block has one commit (and, under a schedule, one settling) of ours, so that their cost is in every round. With
-    `prompt` the cached tokens are read by the model itself, else they are made up. The cache grows by a block a round.
+    One commit (and, under a schedule, one settling) of ours falls into a block, so that their cost is in every round.
+    With `prompt` the cached tokens are read by the model itself, else they are made up. The cache grows by a block a
+    round.
     """
 
     def __init__(
@@ -283,23 +234,22 @@ class DecodeRun:
         model: PreTrainedModel,
         tokens: int,
         batch: int,
-        blocks: int = 1,
         rounds: int = 1,
         prompt: bool = False,
         seed: int = 0,
     ):
-        self.model, self.device, self.steps = model, model.device, blocks * BLOCK
+        self.model, self.device = model, model.device
         self.before = _allocated(self.device)
-        self.cache, self.driver = method.open(model, tokens + BLOCK + rounds * self.steps)
+        self.cache, self.driver = method.open(model, tokens + (1 + rounds) * BLOCK)
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, model.config.vocab_size, (batch, tokens + self.steps), generator=generator)
+        ids = torch.randint(3, model.config.vocab_size, (batch, tokens + BLOCK), generator=generator)
         self.ids = ids.to(self.device)
         if prompt:
             self._read(self.ids[:, :tokens])
         else:
             fill_cache(self.cache, self.driver, model.config, tokens, batch, self.device, model.dtype, seed)
         _reset_peak(self.device)
-        self._decode(BLOCK)  # first-use costs, and buffers that grow for the first token, are not a step's
+        self._decode()  # first-use costs, and buffers that grow for the first token, are not a step's
 
     @torch.no_grad()
     def _read(self, ids: torch.Tensor) -> None:
@@ -307,13 +257,13 @@ class DecodeRun:
         if self.driver is not None:
             self.driver.observe(ids, logits)
 
-    def _decode(self, steps: int) -> None:
-        for step in range(steps):
-            self._read(self.ids[:, -1 - step % self.steps, None])
+    def _decode(self) -> None:
+        for step in range(BLOCK):
+            self._read(self.ids[:, -1 - step, None])
 
     def measure(self) -> float:
         """Mean time of a step in ms over the round, commits included."""
-        elapsed = timed(self.device, lambda: self._decode(self.steps)) / self.steps
+        elapsed = timed(self.device, self._decode) / BLOCK
         self.peak = _peak(self.device) - self.before
         return elapsed
 

@@ -1,16 +1,26 @@
-"""What the fast paths are held to, and whether a table of measurements meets it.
+"""Results of the benchmark: files, the report, and the bars that the fast paths are held to.
 
-A bar names two methods of one case, a quantity and a limit. Bars were set before the kernels were written.
+A bar names two methods of one case, a quantity and a limit. The bars were set before the kernels were written.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from helpers.files import ROOT, provenance, relative_to_root, write_json
 from helpers.metrics import bootstrap_median
 
+FOLDER = ROOT / "data" / "benchmarks"
+# `ms` is the median over rounds of the time of one token's attention in one layer, of one decode step, or of a prompt;
+# `ratio` is to DynamicCache's time of the same round.
+COLUMNS = ["kind", "shape", "method", "group", "dtype", "context", "batch", "ms", "ms_low", "ms_high", "ratio",
+           "ratio_low", "ratio_high", "round_ms", "stored_bytes", "live_bytes", "peak_bytes", "read_bytes",
+           "code_bits", "bandwidth_gbs", "copy_share", "error"]  # fmt: skip
 QUANTITIES = {
     "speed-up": "times as fast as",
     "time": "of the time of",
@@ -73,7 +83,7 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, 
 
 
 def check_bars(table: pd.DataFrame, bars: Sequence[Bar]) -> pd.DataFrame:
-    """Each of `bars` against one machine's measurements (see `benchmark.COLUMNS`).
+    """Each of `bars` against one machine's measurements (columns `COLUMNS`).
 
     Columns `bar`, `limit`, `measured` with `low` and `high` where the quantity is a time, and `result`: "met",
     "missed" or "not measured".
@@ -111,3 +121,66 @@ def _measure(table: pd.DataFrame, bar: Bar) -> tuple[float, float, float]:
         return float(share), float("nan"), float("nan")
     ours, theirs = (case.loc[name, "round_ms"] for name in (bar.method, bar.against))
     return paired_ratio(theirs, ours) if bar.quantity == "speed-up" else paired_ratio(ours, theirs)
+
+
+def device_slug(device: str) -> str:
+    """A device's name as part of a file name: lower case, letters and digits joined by dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device.lower())).strip("-")
+
+
+def save_benchmarks(
+    table: pd.DataFrame, copy_gbs: float, settings: dict[str, object], device: str, folder: str | Path = FOLDER
+) -> list[Path]:
+    """Write one JSON a kind into `folder`, named for the machine `device`; returns their paths.
+
+    Each holds settings, copy bandwidth (GB/s), provenance and the rows.
+    """
+    about = provenance(copy_gbs=round(copy_gbs, 3), settings=settings) | {"device": device}
+    paths = []
+    for kind, part in table.groupby("kind", sort=False):
+        rows = [
+            {name: int(value) if name.endswith("_bytes") else value for name, value in row.items() if _known(value)}
+            for row in part.to_dict("records")
+        ]
+        paths.append(Path(folder) / f"{device_slug(device)}-{kind}.json")
+        write_json(paths[-1], {**about, "rows": rows})
+    return paths
+
+
+def _known(value: object) -> bool:
+    return not (isinstance(value, float) and np.isnan(value))
+
+
+def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
+    """All measurements in `folder` as one table: `COLUMNS` and `device`, `threads`, `date`, `copy_gbs`.
+
+    Raises `FileNotFoundError` where there are none.
+    """
+    parts = []
+    for path in sorted(Path(folder).glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        part = pd.DataFrame(content["rows"]).reindex(columns=COLUMNS)
+        parts.append(part.assign(**{name: content[name] for name in ("device", "threads", "date", "copy_gbs")}))
+    if not parts:
+        raise FileNotFoundError(f"no benchmark in {relative_to_root(folder)}: run python main.py bench first")
+    return pd.concat(parts, ignore_index=True)
+
+
+def report(table: pd.DataFrame, bars: pd.DataFrame, copy_gbs: float) -> str:
+    """The table and the bars as text."""
+    shown = ["method", "ms", "ratio", "ratio_low", "ratio_high", "code_bits", "bandwidth_gbs", "copy_share"]
+    parts = [f"copy bandwidth {copy_gbs:.1f} GB/s, read and written"]
+    for (kind, shape, batch, context), part in table.groupby(["kind", "shape", "batch", "context"], sort=False):
+        parts.append(f"{kind}, {shape}, batch {batch}, {context:,} tokens; ms, and ratio to DynamicCache")
+        columns = [name for name in shown if part[name].notna().any()]
+        columns += [
+            name
+            for name in ("stored_bytes", "live_bytes", "peak_bytes")
+            if kind != "attention" and part[name].notna().any()
+        ]
+        parts.append(part[columns].round(4).to_string(index=False))
+    bars = bars[bars["result"] != "not measured"]
+    for row in bars.to_dict("records"):
+        interval = "" if np.isnan(row["low"]) else f" ({row['low']:.2f} to {row['high']:.2f})"
+        parts.append(f"{row['result']}: {row['measured']:.2f}{interval}; {row['bar']}")
+    return "\n".join(parts)
