@@ -69,8 +69,8 @@ def _finding(table: pd.DataFrame) -> str:
     if ours.empty:
         return "Time against context"
     longest = ours.sort_values(["kind", "context"]).drop_duplicates("kind", keep="last")
-    parts = [f"{row.ratio:.2f} for {LABELS[row.kind]} at {row.context:,}" for row in longest.itertuples()]
-    return f"4-bit over DynamicCache, time: {', '.join(parts)} tokens"
+    parts = [f"{row.ratio:.2f} ({row.kind}, {row.context:,} tokens)" for row in longest.itertuples()]
+    return f"4-bit over DynamicCache, time: {' and '.join(parts)}"
 
 
 def _subtitle(table: pd.DataFrame) -> str:
