@@ -4,8 +4,11 @@ Without a command: the report on entropy-gated generation, as `python main.py ga
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+SHARED_COMMANDS = ("collect", "compare")  # whose work `accelerate launch` or `torchrun` can spread over processes
 
 
 def collect(options: argparse.Namespace) -> None:
@@ -14,18 +17,22 @@ def collect(options: argparse.Namespace) -> None:
     from helpers.files import relative_to_root
     from helpers.models import encode, get_preset, load_model
     from helpers.policies import EntropyRule
+    from helpers.processes import is_main_process, one_first
 
     preset = get_preset(options.preset)
     source = options.model or preset.model
     texts_source = options.texts or preset.multiple_choice
-    model, tokenizer = load_model(source)
-    texts = sample_texts(load_multiple_choice(texts_source, preset.train_split), options.count, options.seed)
+    with one_first():
+        model, tokenizer = load_model(source, quiet=not is_main_process())
+        items = load_multiple_choice(texts_source, preset.train_split)
+    texts = sample_texts(items, options.count, options.seed)
     ids = [encode(tokenizer, text, options.max_tokens) for text in texts]
     out = Path(options.out or preset.data_dir / "controller_training.csv")
     names = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "preset": preset.name}
     table = collect(model, ids, out, EntropyRule(), options.block, names)
-    print(summarise(table))
-    print(f"\n{len(table)} tokens of {len(ids)} texts -> {relative_to_root(out)}")
+    if is_main_process():
+        print(summarise(table))
+        print(f"\n{len(table)} tokens of {len(ids)} texts -> {relative_to_root(out)}")
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -86,23 +93,28 @@ def compare(options: argparse.Namespace) -> None:
     from helpers.corpora import load_multiple_choice, sample_items
     from helpers.files import relative_to_root
     from helpers.models import get_preset, load_model
+    from helpers.processes import is_main_process, one_first, process_count
 
     preset = get_preset(options.preset)
     source, texts = options.model or preset.model, options.texts or preset.stories
-    model, tokenizer = load_model(source)
-    stores = default_stores(options.controllers or preset.data_dir / "controllers")
-    rows = _packed_rows(tokenizer, texts, preset.test_split, 512, options.max_rows, last_share=0.1)
     items_source = options.items or preset.multiple_choice
-    items = load_multiple_choice(items_source, preset.test_split) if options.count else []
+    with one_first():
+        model, tokenizer = load_model(source, quiet=not is_main_process())
+        items = load_multiple_choice(items_source, preset.test_split) if options.count else []
+        rows = _packed_rows(tokenizer, texts, preset.test_split, 512, options.max_rows, last_share=0.1)
+    stores = default_stores(options.controllers or preset.data_dir / "controllers")
     items = sample_items(items, min(options.count, len(items)), options.seed) if items else []
     packed = torch.tensor(rows).to(model.device)
-    result = compare(model, tokenizer, packed, items, stores, rounds=options.rounds)
+    result = compare(model, tokenizer, packed, items, stores, rounds=options.rounds, batch=options.batch)
+    if not is_main_process():
+        return
     shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
     name = "baseline_comparison" if not options.model else f"baseline_comparison_{Path(source).name}"
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(rows)}
     about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
+    about |= {"processes": process_count()}
     save_comparison(result, Path(options.out or preset.data_dir), name, about)
 
 
@@ -186,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--count", type=int, default=200, help="multiple-choice items, drawn at random; 0 for none")
     command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of the last tenth of the texts")
     command.add_argument("--rounds", type=int, default=3, help="rounds of timed decoding; 0 for none")
+    command.add_argument("--batch", type=int, default=25, help="rows read at once: what several processes share out")
     command.set_defaults(run=compare)
 
     command = commands.add_parser("card", help="measure the embedded pair again and rewrite its card")
@@ -224,6 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         return bench(arguments[1:])
     options = parser.parse_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.command not in SHARED_COMMANDS:
+        parser.error(f"{options.command} runs in one process; several can share {' and '.join(SHARED_COMMANDS)}")
     try:
         options.run(options)
     except (ValueError, RuntimeError, FileNotFoundError) as error:

@@ -23,10 +23,12 @@ from helpers.files import atomic_path, provenance, write_json
 from helpers.generation import PolicyDriver, decode
 from helpers.kv_cache import PackedKVCache
 from helpers.policies import Policy, policy_for_text
+from helpers.processes import from_main, is_main_process, process_count, spread
 from helpers.quantization import WIDTHS
 
 SEED_COLUMNS = ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
 COLUMNS = [*SEED_COLUMNS, "confidence", "text_id", "position", "token_id"]
+TEXTS_A_ROUND = 4  # of each of several processes, between two gatherings: enough to even out texts of unequal length
 
 
 def collect_text(
@@ -68,7 +70,8 @@ def collect(
     """Collect all `texts` (token ids, two or more each) into the CSV `path`, and its provenance into `path`.json.
 
     An interrupted collection is taken up after its last complete text if texts, policy, block and model shape are
-    the same; else it starts anew. Raises `ValueError` for texts of fewer than two tokens.
+    the same; else it starts anew. Several processes (see `helpers.processes`) share the texts of a round, and the
+    main one writes. Raises `ValueError` for texts of fewer than two tokens.
     """
     path = Path(path)
     short = [i for i, ids in enumerate(texts) if len(ids) < 2]
@@ -78,23 +81,43 @@ def collect(
     counts = TokenCounts()
     rarities = [counts.rarity(ids) for ids in texts]
     partial = path.with_name(f".{path.stem}.partial.csv")
-    done = _resume(partial, texts, _fingerprint(model, texts, policy, block))
+    fingerprint = _fingerprint(model, texts, policy, block)
+    done = from_main(lambda: _resume(partial, texts, fingerprint))
     if done < len(texts):
         _warm_up(model, texts[0], policy, block)
-    for text_id in tqdm(range(done, len(texts)), initial=done, total=len(texts), desc="texts", leave=False):
-        table = collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
-        with partial.open("a", newline="", encoding="utf-8") as file:
-            table.round(6).to_csv(file, header=False, index=False)
-            file.flush()
+    many = TEXTS_A_ROUND * process_count() if process_count() > 1 else 1
+    hidden = not is_main_process()
+    with tqdm(initial=done, total=len(texts), desc="texts", leave=False, disable=hidden) as progress:
+        for first in range(done, len(texts), many):
+            ids = texts[first : first + many]
+
+            def one(at: int, first: int = first) -> pd.DataFrame:
+                text_id = first + at
+                return collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
+
+            for table in spread(one, [len(text) for text in ids]):
+                if is_main_process():
+                    _append(partial, table)
+            progress.update(len(ids))
+    return from_main(lambda: _finish(partial, path, texts, policy, block, source or {}))
+
+
+def _append(partial: Path, table: pd.DataFrame) -> None:
+    with partial.open("a", newline="", encoding="utf-8") as file:
+        table.round(6).to_csv(file, header=False, index=False)
+        file.flush()
+
+
+def _finish(
+    partial: Path, path: Path, texts: Sequence[Sequence[int]], policy: Policy, block: int, source: dict[str, str]
+) -> pd.DataFrame:
+    """Check the complete partial file, make it the result, and write where it came from."""
     result = pd.read_csv(partial, comment="#", names=COLUMNS)
     check_training_data(result)
     with atomic_path(path) as temporary:
         result.to_csv(temporary, index=False)
-    write_json(
-        path.with_suffix(".json"),
-        {"texts": len(texts), "rows": len(result), "policy": repr(policy), "block": block, **(source or {})}
-        | provenance(),
-    )
+    about = {"texts": len(texts), "rows": len(result), "policy": repr(policy), "block": block, **source}
+    write_json(path.with_suffix(".json"), about | provenance(processes=process_count()))
     partial.unlink()
     return result
 

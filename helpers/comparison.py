@@ -26,6 +26,7 @@ from helpers.kv_cache import PackedKVCache
 from helpers.metrics import bootstrap_mean, bootstrap_median
 from helpers.multiple_choice import score_items
 from helpers.policies import AgeSchedule, EntropyRule, FixedBits, RandomBits, Step, describe_schedule
+from helpers.processes import is_main_process
 from helpers.quality import measure_store
 from helpers.stores import AnyStore, FullPrecision, Store, code_bits, live_bytes, stock_stores, stored_bytes
 
@@ -117,7 +118,7 @@ def compare(
         changes = [bootstrap_mean(part["accuracy"].to_numpy() - full["accuracy"].to_numpy()) for part in texts]
         for at, name in enumerate(("accuracy_change", "accuracy_change_low", "accuracy_change_high")):
             table[name] = [change[at] for change in changes]
-    if rounds:
+    if rounds and is_main_process():
         table = table.merge(time_decoding(model, sequences[0], stores, rounds, first), on="method")
     columns = ["method", "item", "acc", "acc_norm"]
     return Comparison(

@@ -89,9 +89,14 @@ def get_preset(name: str | None = None) -> Preset:
 
 
 def choose_device() -> tuple[torch.device, torch.dtype]:
-    """The device to run on and the dtype that suits it: CUDA bf16 (fp16 on older cards), MPS fp16, CPU fp32."""
+    """The device to run on and the dtype that suits it: CUDA bf16 (fp16 on older cards), MPS fp16, CPU fp32.
+
+    Of several processes on a machine, each takes a GPU of its own as far as there are enough.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        rank = os.environ.get("LOCAL_RANK")
+        device = torch.device("cuda") if rank is None else torch.device("cuda", int(rank) % torch.cuda.device_count())
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float16
     return torch.device("cpu"), torch.float32

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, QuantizedCache
 
 from helpers.corpora import MultipleChoice
 from helpers.features import surprisal
+from helpers.processes import spread
 from helpers.stores import AnyStore
 
 
@@ -82,15 +82,13 @@ def score_items(
 ) -> pd.DataFrame:
     """One row an item: `acc` and `acc_norm`, each 1.0 where the true ending came out on top.
 
-    With `store`, contexts are read through its cache (see `ending_log_likelihoods`).
+    With `store`, contexts are read through its cache (see `ending_log_likelihoods`). Several processes (see
+    `helpers.processes`) share the items; all get the same table.
     """
-    rows = []
-    for number, item in enumerate(tqdm(items, desc="multiple choice", leave=False)):
-        sums, lengths = ending_log_likelihoods(model, tokenizer, item, store, number)
-        rows.append(
-            {
-                "acc": float(sums.argmax() == item.label),
-                "acc_norm": float((sums / lengths).argmax() == item.label),
-            }
-        )
-    return pd.DataFrame(rows)
+
+    def score(number: int) -> dict[str, float]:
+        label = items[number].label
+        sums, lengths = ending_log_likelihoods(model, tokenizer, items[number], store, number)
+        return {"acc": float(sums.argmax() == label), "acc_norm": float((sums / lengths).argmax() == label)}
+
+    return pd.DataFrame(spread(score, [len(item.context) for item in items], "multiple choice"))

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.corpora import STORY_SEPARATOR, load_stories, read_stories, split_holdout
 from helpers.files import atomic_path, provenance, relative_to_root, write_json
+from helpers.processes import on_cpu
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def train(
     """
     out = Path(out)
     checkpoint = out / "checkpoint"
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(cpu=on_cpu(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if settings.batch % accelerator.num_processes:
         raise ValueError(f"batch {settings.batch} does not divide over {accelerator.num_processes} processes")
     set_seed(settings.seed)

@@ -18,6 +18,7 @@ from helpers.features import surprisal
 from helpers.generation import score_blocks
 from helpers.metrics import bootstrap_mean, kl_divergence, next_token_hits
 from helpers.policies import FixedBits
+from helpers.processes import spread
 from helpers.quantization import WIDTHS
 from helpers.stores import AnyStore, Store, code_bits, live_bytes, stored_bytes
 
@@ -65,38 +66,46 @@ def measure_store(
 ) -> dict[str, object]:
     """Quality of one store on `sequences` `[count, tokens]`, over the positions from `first` on.
 
+    Several processes (see `helpers.processes`) share the batches; all get the same result.
     Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); the averages
     `code_bits`, `bits_per_element` and `live_bytes` (of one sequence) of the cache as the last token sees it, its tail
     counted; `peak_bytes`, the most that one sequence ever held with spare capacity; and `widths`, the shares of 2,
     4, 8 and 16 bits among the widths chosen at commit.
     """
-    results: dict[str, list] = {name: [] for name in ("kl", "accuracy", "loss")}
-    held: dict[str, list] = {name: [] for name in ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")}
-    widths = np.zeros(len(WIDTHS))
-    for number, rows in enumerate(tqdm(sequences.split(batch), desc=store.name, leave=False)):
-        reference = model(input_ids=rows).logits
-        cache, driver = store.open(model, number)
-        kl, hits, losses, peak = [], [], [], 0
-        for span, logits in score_blocks(model, rows, cache, driver, store.block):
-            kl.append(kl_divergence(reference[:, span], logits))
-            following = rows[:, span.start + 1 : span.stop + 1]
-            logits = logits[:, : following.shape[1]]
-            hits.append(next_token_hits(logits, following))
-            losses.append(surprisal(logits, following))
-            peak = max(peak, stored_bytes(cache))
-            now = code_bits(cache), live_bytes(cache)  # before this block is committed
-        held["code_bits"].append(now[0])
-        held["bits_per_element"].append(8 * now[1] / (2 * rows.numel() * _numbers_per_token(model)))
-        held["live_bytes"].append(now[1] / len(rows))
-        held["peak_bytes"].append(peak / len(rows))
-        for name, parts in (("kl", kl), ("accuracy", hits), ("loss", losses)):
-            results[name] += torch.cat(parts, 1)[:, first:].double().mean(1).tolist()
-        if driver is not None and driver.chosen:
-            chosen = torch.cat([c.cpu() for c in driver.chosen], dim=1)
-            widths += [(chosen == bits).sum().item() for bits in WIDTHS]
-    means = {name: float(np.mean(values)) for name, values in held.items()}
-    arrays = {name: np.array(values) for name, values in results.items()}
+    batches = sequences.split(batch)
+    parts = spread(
+        lambda number: _measure_batch(model, batches[number], store, number, first), list(map(len, batches)), store.name
+    )
+    arrays = {name: np.array([x for part in parts for x in part[name]]) for name in ("kl", "accuracy", "loss")}
+    held = ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")
+    means = {name: float(np.mean([part[name] for part in parts])) for name in held}
+    widths = sum(part["widths"] for part in parts)
     return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
+
+
+def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, store: AnyStore, number: int, first: int) -> dict:
+    """`measure_store` for the rows of batch `number`; `widths` are counts."""
+    reference = model(input_ids=rows).logits
+    cache, driver = store.open(model, number)
+    kl, hits, losses, peak = [], [], [], 0
+    for span, logits in score_blocks(model, rows, cache, driver, store.block):
+        kl.append(kl_divergence(reference[:, span], logits))
+        following = rows[:, span.start + 1 : span.stop + 1]
+        logits = logits[:, : following.shape[1]]
+        hits.append(next_token_hits(logits, following))
+        losses.append(surprisal(logits, following))
+        peak = max(peak, stored_bytes(cache))
+        now = code_bits(cache), live_bytes(cache)  # before this block is committed
+    measures = (("kl", kl), ("accuracy", hits), ("loss", losses))
+    result: dict = {name: torch.cat(parts, 1)[:, first:].double().mean(1).tolist() for name, parts in measures}
+    result["code_bits"], live = now
+    result["bits_per_element"] = 8 * live / (2 * rows.numel() * _numbers_per_token(model))
+    result["live_bytes"], result["peak_bytes"] = live / len(rows), peak / len(rows)
+    result["widths"] = np.zeros(len(WIDTHS))
+    if driver is not None and driver.chosen:
+        chosen = torch.cat([c.cpu() for c in driver.chosen], dim=1)
+        result["widths"] += [(chosen == bits).sum().item() for bits in WIDTHS]
+    return result
 
 
 def _numbers_per_token(model: PreTrainedModel) -> int:
