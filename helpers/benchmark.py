@@ -5,7 +5,7 @@
 
 All methods of a case are measured in one process, in rounds whose order is drawn anew; a ratio is the median over
 rounds of two times of the same round. Results go to `data/benchmarks/`, one JSON a machine and kind, with the time of
-every round in it. On a CPU the stock quantized caches stop at 8,192 tokens unless `--methods` asks for them.
+every round in it; a later run replaces what it measures again and leaves the rest. On a CPU the stock quantized caches stop at 8,192 tokens unless `--methods` asks for them.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ __all__ = ["SHAPES", "Case", "Settings", "interleave", "load_benchmarks", "main"
 
 KINDS = ("attention", "decode", "prefill", "embedded")
 SWEEP_BYTES = 2**28  # plain keys and values of the layers that an attention sweep goes through
-LONG, LONG_SWEEPS = 16384, 4  # from this context on a round has fewer sweeps
+LONG, LONG_SWEEPS = 4096, 4  # from this context on a round has fewer sweeps
 STOCK = ("quanto", "hqq")
 STOCK_LIMIT = 8192  # tokens beyond which these take minutes a round on a CPU
 ATTENTION_METHODS = ("dynamic", "static-cache", "sdpa", "2", "4", "8", "16", "mix", "learned", "reference")
@@ -134,13 +135,18 @@ def plan(settings: Settings, device: torch.device) -> list[Case]:
 
 
 def interleave(
-    openers: dict[str, Callable[[], object]], rounds: int, keep: bool, seed: int, tick: Callable[[], object]
+    openers: dict[str, Callable[[], object]],
+    rounds: int,
+    keep: bool,
+    seed: int,
+    tick: Callable[[], object],
+    foreign: Sequence[str] = (),
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict[str, str]]:
     """Measure several runs in turn: per name the ms of each round, its facts, and for those that failed the reason.
 
     One warm-up round, then `rounds`, each in an order of its own, so that slow moments hit all alike. With `keep` the
     runs stay open between rounds, else only one is in memory at a time. A run that finds no memory is left out and
-    the others go on.
+    the others go on; so is one of the names `foreign`, whose code is not ours, whatever it fails of.
     """
     order, shuffle = list(openers), random.Random(seed)
     runs: dict[str, object] = {}
@@ -160,10 +166,10 @@ def interleave(
                 facts[name] = run.facts()
                 if keep:
                     runs[name] = run
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+            except Exception as error:
+                if name not in foreign and not _out_of_memory(error):
                     raise
-                failed[name] = str(error).splitlines()[0][:200]
+                failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             run = None
             if name in failed or not keep:
                 release_memory()
@@ -184,14 +190,21 @@ def release_memory() -> None:
 
 
 def run(
-    settings: Settings, device: torch.device, dtype: torch.dtype, progress: bool = True
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = True,
+    save: Callable[[pd.DataFrame, float], object] = lambda table, copy_gbs: None,
 ) -> tuple[pd.DataFrame, float]:
     """Measure all cases; returns the table (columns `COLUMNS`, a row a method and case) and the copy bandwidth in GB/s.
 
-    Models and caches that do not fit the free memory are left out with a line.
+    Models and caches that do not fit the free memory are left out with a line. `save` is called with the same two
+    after every case, so that a run that is cut off has not been in vain.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current device
     release_memory()
-    copy_gbs = copy_bandwidth(device) / 1e9
+    copy_gbs = copy_bandwidth(device, 1024 if device.type == "cuda" else 256) / 1e9
     cases = plan(settings, device)
     rows: list[dict[str, object]] = []
     total = sum(len(case.methods) * (_rounds(case, settings) + 1) for case in cases)
@@ -208,6 +221,7 @@ def run(
                 if model is None:
                     model = _load(case, settings.seed, device, dtype)
                 rows += _measure(case, settings, model, device, dtype, copy_gbs, bar)
+                save(pd.DataFrame(rows, columns=COLUMNS), copy_gbs)
                 release_memory()
     return pd.DataFrame(rows, columns=COLUMNS), copy_gbs
 
@@ -219,16 +233,18 @@ def _measure(
     rounds = _rounds(case, settings)
     bar.update((len(case.methods) - len(methods)) * (rounds + 1))
     together = len(methods) * _plain_bytes(case, dtype) < _free_memory(device) / 2
-    keep = device.type != "cuda" and case.kind != "embedded" and together  # on CUDA to see the peak of each alone
+    keep = case.kind != "embedded" and together  # the short text of the embedded model would soon be a longer one
     openers = {m.name: _opener(m, case, settings, model, device, dtype, keep) for m in methods}
-    times, facts, failed = interleave(openers, rounds, keep, settings.seed, lambda: bar.update(1))
+    foreign = [m.name for m in methods if m.group == "stock"]
+    times, facts, failed = interleave(openers, rounds, keep, settings.seed, lambda: bar.update(1), foreign)
     for name, reason in failed.items():
         tqdm.write(f"{case}: {name} left out, {reason}")
     return _rows(case, methods, str(dtype).removeprefix("torch."), times, facts, failed, copy_gbs)
 
 
 def _rounds(case: Case, settings: Settings) -> int:
-    return settings.rounds * (3 if case.kind == "embedded" else 1)  # its rounds are short
+    """Rounds of a case: more where they are short, fewer where they are long."""
+    return {"embedded": 3 * settings.rounds, "prefill": -(-settings.rounds // 2)}.get(case.kind, settings.rounds)
 
 
 def _load(case: Case, seed: int, device: torch.device, dtype: torch.dtype):
@@ -332,11 +348,16 @@ def run_command(options: argparse.Namespace) -> None:
         tuple(options.what), tuple(options.shapes), tuple(options.contexts), tuple(options.batches),
         tuple(options.methods), options.rounds, options.seed, options.quick,
     )  # fmt: skip
-    table, copy_gbs = run(settings, device, dtype)
+    paths: list[Path] = []
+
+    def save(table: pd.DataFrame, copy_gbs: float) -> None:
+        if options.out != "-":
+            paths[:] = save_benchmarks(table, copy_gbs, asdict(settings), device_name(device), options.out or FOLDER)
+
+    table, copy_gbs = run(settings, device, dtype, save=save)
     print(report(table, check_bars(table, CUDA_BARS if device.type == "cuda" else CPU_BARS), copy_gbs))
-    if options.out != "-":
-        for path in save_benchmarks(table, copy_gbs, asdict(settings), device_name(device), options.out or FOLDER):
-            print(f"-> {relative_to_root(path)}")
+    for path in paths:
+        print(f"-> {relative_to_root(path)}")
     if options.figure:
         folder = FOLDER if options.out in (None, "-") else options.out
         measured = load_benchmarks(folder)

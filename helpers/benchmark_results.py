@@ -131,9 +131,10 @@ def device_slug(device: str) -> str:
 def save_benchmarks(
     table: pd.DataFrame, copy_gbs: float, settings: dict[str, object], device: str, folder: str | Path = FOLDER
 ) -> list[Path]:
-    """Write one JSON a kind into `folder`, named for the machine `device`; returns their paths.
+    """Add the rows to one JSON a kind in `folder`, named for the machine `device`; returns the paths.
 
-    Each holds settings, copy bandwidth (GB/s), provenance and the rows.
+    A file holds runs, each with its settings, copy bandwidth (GB/s), provenance and rows. What a new run measured
+    again disappears from the older ones.
     """
     about = provenance(copy_gbs=round(copy_gbs, 3), settings=settings) | {"device": device}
     paths = []
@@ -143,8 +144,15 @@ def save_benchmarks(
             for row in part.to_dict("records")
         ]
         paths.append(Path(folder) / f"{device_slug(device)}-{kind}.json")
-        write_json(paths[-1], {**about, "rows": rows})
+        measured = {_case(row) for row in rows}
+        older = json.loads(paths[-1].read_text(encoding="utf-8"))["runs"] if paths[-1].is_file() else []
+        runs = [{**run, "rows": [row for row in run["rows"] if _case(row) not in measured]} for run in older]
+        write_json(paths[-1], {"device": device, "runs": [*(r for r in runs if r["rows"]), {**about, "rows": rows}]})
     return paths
+
+
+def _case(row: dict[str, object]) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("shape", "method", "context", "batch", "dtype"))
 
 
 def _known(value: object) -> bool:
@@ -158,9 +166,9 @@ def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
     """
     parts = []
     for path in sorted(Path(folder).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        part = pd.DataFrame(content["rows"]).reindex(columns=COLUMNS)
-        parts.append(part.assign(**{name: content[name] for name in ("device", "threads", "date", "copy_gbs")}))
+        for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+            part = pd.DataFrame(run["rows"]).reindex(columns=COLUMNS)
+            parts.append(part.assign(**{name: run[name] for name in ("device", "threads", "date", "copy_gbs")}))
     if not parts:
         raise FileNotFoundError(f"no benchmark in {relative_to_root(folder)}: run python main.py bench first")
     return pd.concat(parts, ignore_index=True)

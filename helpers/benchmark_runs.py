@@ -239,7 +239,7 @@ class DecodeRun:
         seed: int = 0,
     ):
         self.model, self.device = model, model.device
-        self.before = _allocated(self.device)
+        self.before, self.peak = _allocated(self.device), None
         self.cache, self.driver = method.open(model, tokens + (1 + rounds) * BLOCK)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, model.config.vocab_size, (batch, tokens + BLOCK), generator=generator)
@@ -264,7 +264,8 @@ class DecodeRun:
     def measure(self) -> float:
         """Mean time of a step in ms over the round, commits included."""
         elapsed = timed(self.device, self._decode) / BLOCK
-        self.peak = _peak(self.device) - self.before
+        if self.peak is None:  # later rounds would count what other runs hold
+            self.peak = _peak(self.device) - self.before
         return elapsed
 
     def facts(self) -> dict[str, float]:
