@@ -5,7 +5,8 @@
 
 All methods of a case are measured in one process, in rounds whose order is drawn anew; a ratio is the median over
 rounds of two times of the same round. Results go to `data/benchmarks/`, one JSON a machine and kind, with the time of
-every round in it; a later run replaces what it measures again and leaves the rest. On a CPU the stock quantized caches stop at 8,192 tokens unless `--methods` asks for them.
+every round in it; a later run replaces what it measures again and leaves the rest. On a CPU the stock quantized
+caches stop at 8,192 tokens unless `--methods` asks for them.
 """
 
 import argparse
