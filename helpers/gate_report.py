@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers.calibration import calibrate, correct_by_bisection
 from helpers.corpora import load_articles, load_paragraphs
 from helpers.files import atomic_path, provenance, relative_to_root, write_json
-from helpers.gate import LARGE, SMALL, EntropyGate, OnlineTracker, check_same_tokens
+from helpers.gate import EntropyGate, OnlineTracker
 from helpers.gate_evaluation import (
     ASSISTED,
     GATED,
@@ -26,6 +26,7 @@ from helpers.gate_evaluation import (
     speed_against_ideal,
     summarise_methods,
 )
+from helpers.gate_reader import LARGE, SMALL, check_same_tokens
 from helpers.models import Preset, load_model, placement
 
 LINE, RULE = "=" * 57, "-" * 57

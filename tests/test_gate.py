@@ -20,34 +20,21 @@ from helpers.calibration import calibrate, correct_by_bisection, fingerprint, me
 from helpers.corpora import load_articles, load_paragraphs, read_articles
 from helpers.features import entropy
 from helpers.files import ROOT
-from helpers.gate import (
-    LARGE,
-    SIGNALS,
-    SMALL,
-    EntropyGate,
-    OnlineTracker,
-    check_same_tokens,
-    gated_generate,
-    plain_generate,
-    prompt_ids,
-    reference_gated_generate,
-    trace,
-    uncertainty,
-)
+from helpers.gate import SIGNALS, EntropyGate, OnlineTracker, gated_generate, trace, uncertainty
+from helpers.gate_baselines import plain_generate, reference_gated_generate
 from helpers.gate_evaluation import (
     METHODS,
     compare,
     evaluate_gate,
     evaluate_large_caches,
     fit_prompts,
-    gains_over_random,
     sample_articles,
     speed_against_ideal,
     summarise_gates,
     summarise_methods,
-    sweep,
-    threshold_on_gated_text,
 )
+from helpers.gate_reader import LARGE, SMALL, check_same_tokens, prompt_ids
+from helpers.gate_sweep import gains_over_random, sweep, threshold_on_gated_text
 from helpers.generation import PolicyDriver
 from helpers.kv_cache import PackedKVCache
 from helpers.models import PRESETS, load_model, placement
