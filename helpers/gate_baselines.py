@@ -137,7 +137,7 @@ def reference_gated_generate(
         logits = _read_all(small, small_ids + written)[0]
         verdicts = _read_all(large, large_ids + written, len(written) + 1)
         if gate.signal == "oracle":
-            value = regret(verdicts[-1], logits)[0]
+            value = regret(verdicts[-1], logits)
         else:
             value = draw() if gate.signal == "random" else float(uncertainty(logits, gate.signal))
         if gate.fires(value):
