@@ -152,6 +152,14 @@ def gate(options: argparse.Namespace) -> None:
     report(get_preset(options.preset), cache_dir=cache_dir, **settings)
 
 
+def gate_fidelity(options: argparse.Namespace) -> None:
+    from helpers.gate_fidelity import FidelitySettings, report_fidelity
+    from helpers.models import get_preset
+
+    chosen = {name: getattr(options, name) for name in ("stories", "random_seeds", "max_new_tokens", "seed")}
+    report_fidelity(get_preset(options.preset), FidelitySettings(cuts=tuple(options.cuts), **chosen), options.out)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -213,6 +221,16 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", help="CSV file for the results of each prompt")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=gate)
+
+    command = commands.add_parser("gate-fidelity", help="what every signal of the gate is worth over random calls")
+    command.add_argument("--preset", help="embedded (default), smollm or llama; also the variable PRESET")
+    command.add_argument("--stories", type=int, default=57, help="stories of each split at most")
+    command.add_argument("--cuts", type=int, nargs="+", default=[30, 60, 90], help="words after which stories are cut")
+    command.add_argument("--random-seeds", type=int, default=5, help="seeds of the random control")
+    command.add_argument("--max-new-tokens", type=int, default=50)
+    command.add_argument("--out", help="CSV file instead of the preset's gate_fidelity.csv")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=gate_fidelity)
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from helpers.corpora import Article
-from helpers.gate import EntropyGate, gated_generate
+from helpers.gate import EntropyGate, OnlineTracker, gated_generate
 from helpers.gate_baselines import assisted_generate, plain_generate
 from helpers.gate_reader import LARGE, SMALL, CacheFactory, Generated, end_tokens, prompt_ids
 from helpers.generation import PolicyDriver
@@ -74,6 +74,8 @@ def evaluate_gate(
 ) -> pd.DataFrame:
     """One row a prompt and method: `tokens`, `seconds`, `first_token_seconds`, `usage`, ROUGE, `fidelity`, `text`.
 
+    `shared_prefix` counts the tokens before the first that differs from the large model's own text.
+
     Greedy. The methods take turns, a prompt at a time, each beginning in turn; of `repeats` runs the median time
     counts. All are warmed up first. Texts end with the end-of-text token of either model, or with
     `stop_at_end=False` all have `max_new_tokens`. `on_prompt` gets the rows of each prompt as it is done. Several
@@ -101,8 +103,8 @@ def evaluate_gate(
         return plain_generate(large, large_tokenizer, prompt, tokens, use_cache=method == LARGE, **plain)
 
     for method in methods:
-        if method in gates and type(gates[method]) is not EntropyGate:
-            continue  # a gate that learns while it runs must not learn from the warm-up
+        if isinstance(gates.get(method), OnlineTracker):
+            continue  # it must not learn from the warm-up
         run(method, prompts[0], min(8, max_new_tokens))
     tables = []
     for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
@@ -121,7 +123,11 @@ def evaluate_gate(
 def _row(prompt: int, method: str, results: list[Generated], reference: str, large: list[Generated] | None) -> dict:
     last = results[-1]
     scores = {name: float(score[0]) for name, score in rouge_scores([last.text], [reference]).items()}
-    fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0]) if large else float("nan")
+    fidelity, prefix = float("nan"), float("nan")
+    if large:
+        fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0])
+        same = [own == theirs for own, theirs in zip(last.token_ids, large[-1].token_ids, strict=False)]
+        prefix = same.index(False) if False in same else len(same)
     return {
         "prompt": prompt,
         "method": method,
@@ -134,6 +140,7 @@ def _row(prompt: int, method: str, results: list[Generated], reference: str, lar
         "discarded": last.discarded,
         **scores,
         "fidelity": fidelity,
+        "shared_prefix": prefix,
         "text": last.text,
     }
 

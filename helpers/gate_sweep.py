@@ -91,34 +91,51 @@ def sweep(
 
 
 def gains_over_random(
-    table: pd.DataFrame, gates: dict[str, EntropyGate], of: str = "fidelity", at: float = 0.2, resamples: int = 1000
+    table: pd.DataFrame,
+    gates: dict[str, EntropyGate],
+    of: str = "fidelity",
+    at: float = 0.2,
+    resamples: int = 1000,
+    groups: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """How far each signal's curve of `of` over usage lies above the random one's, paired over the same prompts.
 
-    Curves run straight from the small model alone (usage 0) over the gates to the large one alone (usage 1). `gain`
-    is their distance at usage `at`, `area` the mean distance over all usages; both with 95% bootstrap intervals.
+    Curves run straight from the small model alone (usage 0) over the gates to the large one alone (usage 1); a signal
+    with another rollback is another curve, and gates that differ in their seed only are averaged into one point.
+    `gain` is the distance at usage `at`, `area` the mean distance over all usages; both with 95% bootstrap intervals
+    over prompts, or over whole `groups` `[prompts]` of them, in the order of their numbers.
     """
     wide = table.assign(written=table["usage"] * table["tokens"]).pivot(index="prompt", columns="method")
+    groups = np.arange(len(wide)) if groups is None else groups
     grid = np.linspace(0, 1, 101)
-    names = {signal: [n for n, gate in gates.items() if gate.signal == signal] for signal in SIGNALS}
     arrays = {method: wide.xs(method, axis=1, level=1)[[of, "written", "tokens"]].to_numpy(float)
               for method in (*gates, SMALL, LARGE)}  # fmt: skip
+    curves: dict[str, dict[float, list[np.ndarray]]] = {}
+    for name, gate in gates.items():
+        points = curves.setdefault(_curve_name(gate), {})
+        points.setdefault(gate.threshold, []).append(arrays[name])
 
-    def curve(signal: str, rows: np.ndarray) -> np.ndarray:
+    def curve(name: str, rows: np.ndarray) -> np.ndarray:
         points = [(0.0, arrays[SMALL][rows, 0].mean()), (1.0, arrays[LARGE][rows, 0].mean())]
-        for name in names[signal]:
-            quality, written, tokens = arrays[name][rows].mean(axis=0)
+        for same in curves[name].values():
+            quality, written, tokens = np.mean([array[rows].mean(axis=0) for array in same], axis=0)
             points.append((written / tokens, quality))
         return np.interp(grid, *zip(*sorted(points), strict=True))
 
     result = []
-    for signal in (signal for signal in SIGNALS if names[signal] and signal != "random"):
-        row: dict[str, object] = {"signal": signal}
+    for name in curves:
+        if name == "random":
+            continue
+        row: dict[str, object] = {"signal": name}
         for key, pick in (("gain", lambda d: float(np.interp(at, grid, d))), ("area", lambda d: float(d.mean()))):
             found = bootstrap_groups(
-                lambda rows, pick=pick, signal=signal: pick(curve(signal, rows) - curve("random", rows)),
-                np.arange(len(wide)), resamples,
-            )  # fmt: skip
+                lambda rows, pick=pick, name=name: pick(curve(name, rows) - curve("random", rows)), groups, resamples
+            )
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
         result.append(row)
-    return pd.DataFrame(result).set_index("signal")
+    order = [signal for signal in SIGNALS if signal != "random"]
+    return pd.DataFrame(sorted(result, key=lambda row: order.index(row["signal"].split(",")[0]))).set_index("signal")
+
+
+def _curve_name(gate: EntropyGate) -> str:
+    return gate.signal if gate.rollback is None else f"{gate.signal}, rollback {gate.rollback:g}"
