@@ -630,11 +630,19 @@ def test_texts_are_read_in_the_formats_of_the_real_sets(tmp_path):
     stories = tmp_path / "stories.txt"
     stories.write_text("One story.\nIts end.\n<|endoftext|>\nAnother.\n", encoding="utf-8")
     assert load_paragraphs(str(stories)) == ["One story.\nIts end.", "Another."]
-    assert len(load_paragraphs(PRESETS["embedded"].calibration)) == 57
+    assert len(load_paragraphs(PRESETS["embedded"].stories)) == 57
     assert len(load_articles(PRESETS["embedded"].articles)) == 57
     wiki.write_text(" = A Title = \n", encoding="utf-8")
     with pytest.raises(ValueError, match="headings only"):
         load_paragraphs(str(wiki))
+
+
+def test_there_are_a_hundred_calibration_texts_and_none_is_a_test_prompt():
+    preset = PRESETS["embedded"]
+    texts = load_paragraphs(preset.calibration)
+    assert len(set(texts)) == 114
+    tested = load_articles(preset.articles)
+    assert not set(texts) & {part for each in tested for part in (each.article, each.highlights)}
 
 
 def test_a_spread_model_shows_its_map(tiny_folder):
@@ -652,7 +660,7 @@ REPORT = [
     r"Small model \(data/models/small\) is on: \w+(:\d)?",
     r"Large model \(data/models/large\) device map: .+",
     r"",
-    r"--- Calibrating entropy threshold from 'data/samples/stories\.jsonl' ---",
+    r"--- Calibrating entropy threshold from 'data/samples/openings\.jsonl' ---",
     r"Target percentile: 50% \(will trigger large model on the top 50% of tokens\)",
     r"Processing dataset samples to gather entropy distribution\.\.\.",
     rf"Calibration complete\. Calculated Threshold at 50th percentile: {NUMBER}",
