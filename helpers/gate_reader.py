@@ -129,6 +129,9 @@ class Reader:
     driver: PolicyDriver | None = None
     seen: int = 0
 
+    def __post_init__(self):
+        self.device = self.model.device  # found anew at every asking, which takes longer than a tensor
+
     @classmethod
     def start(cls, model: PreTrainedModel, prompt: list[int], factory: CacheFactory | None) -> "Reader":
         made = factory(model) if factory else DynamicCache(config=model.config)
@@ -144,14 +147,14 @@ class Reader:
         """Read what is new of prompt and `written`; the last `keep` predictions, `[keep, vocabulary]`."""
         start = len(self.prompt)
         new = written[self.seen - start :] if self.seen >= start else self.prompt[self.seen :] + written
-        ids = torch.tensor([new], device=self.model.device)
+        ids = torch.tensor([new], device=self.device)
         every = self.driver is not None and bool(self.driver.wanted)
         settings = {cache_argument(type(self.model)): self.cache, "logits_to_keep": 0 if every else keep}
         logits = self.model(input_ids=ids, **settings).logits
         if self.driver is not None:
             self.driver.observe(ids, logits)
         self.seen += len(new)
-        return logits[0, -keep:]
+        return logits[0, -keep:] if every else logits[0]
 
     def take_back(self, tokens: int, last_logits: torch.Tensor | None) -> None:
         if self.driver is not None:

@@ -20,7 +20,7 @@ from helpers.calibration import calibrate, correct_by_bisection, fingerprint, me
 from helpers.corpora import load_articles, load_paragraphs, read_articles
 from helpers.features import entropy
 from helpers.files import ROOT
-from helpers.gate import SIGNALS, EntropyGate, OnlineTracker, gated_generate, trace, uncertainty
+from helpers.gate import SIGNALS, EntropyGate, OnlineTracker, entropy_bits, gated_generate, trace, uncertainty
 from helpers.gate_baselines import plain_generate, reference_gated_generate
 from helpers.gate_evaluation import (
     METHODS,
@@ -362,6 +362,9 @@ def test_signals_are_higher_where_the_model_is_less_sure():
     assert uncertainty(lost, "max_prob") == 0.75
     assert uncertainty(torn, "margin") == 1.0
     assert uncertainty(torch.tensor([0.0, -math.inf])) == 0
+    for logits in (sure, lost, torch.tensor([0.0, -math.inf, 1.0]), torch.randn(50, dtype=torch.bfloat16)):
+        assert entropy_bits(logits) == pytest.approx(uncertainty(logits).item(), rel=1e-5)
+    assert math.isnan(entropy_bits(torch.tensor([0.0, math.nan])))
     half = torch.randn(50, dtype=torch.bfloat16)
     assert uncertainty(half).dtype == torch.float32
     assert uncertainty(half).item() == pytest.approx(entropy(half).item() / math.log(2), rel=1e-5)
