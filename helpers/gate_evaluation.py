@@ -173,15 +173,17 @@ def speed_against_ideal(table: pd.DataFrame, method: str = GATED) -> dict[str, f
 def compare(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     """Paired bootstrap over prompts, each (value, low, high) at 95%.
 
-    Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; and against the large model
-    `rougeL - large` and `fidelity`.
+    Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; against the large model
+    `rougeL - large` and `fidelity`; and `usage`, the share of all tokens that the large model wrote.
     """
     wide = table.assign(per_token=table["seconds"] / table["tokens"]).pivot(index="prompt", columns="method")
+    tokens = wide["tokens"][GATED]
     result = {
         f"speedup vs {method}": bootstrap_ratio(wide["per_token"][method], wide["per_token"][GATED])
         for method in table["method"].unique()
         if method != GATED
     }
+    result["usage"] = bootstrap_ratio(wide["usage"][GATED] * tokens, tokens)
     result["fidelity"] = bootstrap_mean(wide["fidelity"][GATED])
     result["rougeL - large"] = bootstrap_mean(wide["rougeL"][GATED] - wide["rougeL"][LARGE])
     return result

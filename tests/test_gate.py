@@ -524,6 +524,7 @@ def test_speed_is_shown_against_the_ideal(evaluated):
     against = compare(table)
     assert against["speedup vs large"] == pytest.approx((2.0, 2.0, 2.0))
     assert against["fidelity"][1] <= against["fidelity"][0] <= against["fidelity"][2]
+    assert against["usage"] == pytest.approx((0.3, 0.3, 0.3))
 
 
 def test_evaluation_refuses_unknown_methods_and_unequal_lists(pair):
@@ -729,7 +730,7 @@ def test_the_report_can_aim_at_a_usage(capsys, correct):
     assert main.main(["gate", *options, "--correct", correct, "--recalibrate"]) == 0
     shown = capsys.readouterr().out
     assert "Target percentile: 75% (will trigger large model on the top 25% of tokens)" in shown
-    assert ("Corrected on 20 other prompts for a usage of 25%" in shown) == (correct == "bisection")
+    assert ("Corrected on 50 other prompts for a usage of 25%" in shown) == (correct == "bisection")
 
 
 def test_the_report_names_what_is_wrong(capsys, shared):
