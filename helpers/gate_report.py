@@ -28,6 +28,7 @@ from helpers.gate_evaluation import (
 )
 from helpers.gate_reader import LARGE, SMALL, check_same_tokens
 from helpers.models import Preset, load_model, placement
+from helpers.thin_linear import use_thin_linear
 
 LINE, RULE = "=" * 57, "-" * 57
 HELD_OUT_PROMPTS = 50  # at most; usage varies so much from prompt to prompt that fewer miss by several points
@@ -39,6 +40,8 @@ def load_pair(small: str, large: str) -> tuple[Loaded, Loaded]:
     print(f"Loading models... This may take a moment, especially for the {short_name(large)} model.")
     pair = load_model(small, quiet=True), load_model(large, quiet=True, device_map="fit")
     check_same_tokens(pair[0][1], pair[1][1])
+    for model, _ in pair:
+        use_thin_linear(model)
     print("Models loaded successfully.")
     print(f"Small model ({relative_to_root(small)}) is on: {pair[0][0].device}")
     print(f"Large model ({relative_to_root(large)}) device map: {placement(pair[1][0])}")

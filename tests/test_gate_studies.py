@@ -21,6 +21,7 @@ from helpers.gate_fidelity import FidelitySettings, cut_stories, fidelity_gates,
 from helpers.gate_reader import LARGE, SMALL
 from helpers.gate_sweep import gains_over_random
 from helpers.models import PRESETS, load_model, placement
+from helpers.thin_linear import use_thin_linear
 
 FOLDS = tuple([" ".join(WORDS[i:] + WORDS[:i] + WORDS[::-1]) for i in range(j, 6, 2)] for j in (0, 1))
 SETTINGS = FidelitySettings(
@@ -188,3 +189,41 @@ def test_a_large_model_may_be_spread_over_devices(monkeypatch, capsys):
     results = [gated_generate(*models, "Once upon a time", EntropyGate(0.5, "random"), 20) for models in pairs]
     assert results[0].token_ids == results[1].token_ids
     assert LARGE in results[0].authors
+
+
+def test_thin_linear_layers_give_the_same_numbers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(800, 700), torch.nn.Linear(700, 8))
+    model.dtype = torch.float32
+    expected = {rows: model(torch.ones(1, rows, 800).cumsum(1)).detach() for rows in (1, 2, 5, 32, 33)}
+    use_thin_linear(model)
+    assert [type(layer).__name__ for layer in model] == ["ThinLinear", "Linear"]  # the second is small
+    with torch.no_grad():
+        for rows, values in expected.items():
+            assert torch.allclose(model(torch.ones(1, rows, 800).cumsum(1)), values, atol=1e-4)
+    model(torch.ones(1, 2, 800)).sum().backward()  # training goes the usual way
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_thin_linear_layers_are_for_float32_on_a_cpu():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = torch.nn.Sequential(torch.nn.Linear(800, 700)).to(dtype)
+        model.dtype = dtype
+        assert type(use_thin_linear(model)[0]) is torch.nn.Linear
+
+
+def test_the_committed_gains_are_those_of_the_committed_rows():
+    table = pd.read_csv(ROOT / "data" / "gate_fidelity.csv")
+    about = json.loads((ROOT / "data" / "gate_fidelity.json").read_text())
+    assert table.groupby("story").ngroups == 2 * about["stories"] == 114
+    assert (table.groupby(["story", "words"])["method"].nunique() == len(about["thresholds"][0]) + 2).all()
+    gates = {}
+    for name, threshold in about["thresholds"][0].items():
+        signal, rollback = name.split()[0], None
+        if signal == "rollback":
+            signal, rollback = "entropy", about["rollback"]
+        gates[name] = EntropyGate(threshold, signal, rollback)
+    found = gains_over_random(table.assign(prompt=table["story"] * 1000 + table["words"]), gates, resamples=2)
+    saved = pd.read_csv(ROOT / "data" / "gate_fidelity_gains.csv").set_index(["of", "signal"]).loc["fidelity"]
+    assert found["gain"].to_dict() == pytest.approx(saved["gain"].to_dict(), abs=2e-4)
+    assert (saved["gain_low"] > 0).all()
