@@ -164,6 +164,20 @@ def gate(options: argparse.Namespace) -> None:
     report(get_preset(options.preset), cache_dir=cache_dir, **settings)
 
 
+def gate_fidelity(options: argparse.Namespace) -> None:
+    from helpers.gate_fidelity import FidelitySettings, report_fidelity
+    from helpers.models import get_preset
+
+    chosen = {name: getattr(options, name) for name in ("stories", "random_seeds", "max_new_tokens", "seed")}
+    report_fidelity(get_preset(options.preset), FidelitySettings(cuts=tuple(options.cuts), **chosen), options.out)
+
+
+def gate_bench(options: argparse.Namespace) -> None:
+    from helpers.gate_benchmark import GateBenchmark, report
+
+    report(GateBenchmark(**{k: v for k, v in vars(options).items() if k not in ("command", "run", "out")}), options.out)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -228,6 +242,28 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", help="CSV file for the results of each prompt")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=gate)
+
+    command = commands.add_parser("gate-fidelity", help="what every signal of the gate is worth over random calls")
+    command.add_argument("--preset", help="embedded (default), smollm or llama; also the variable PRESET")
+    command.add_argument("--stories", type=int, default=57, help="stories of each split at most")
+    command.add_argument("--cuts", type=int, nargs="+", default=[30, 60, 90], help="words after which stories are cut")
+    command.add_argument("--random-seeds", type=int, default=5, help="seeds of the random control")
+    command.add_argument("--max-new-tokens", type=int, default=50)
+    command.add_argument("--out", help="CSV file instead of the preset's gate_fidelity.csv")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=gate_fidelity)
+
+    command = commands.add_parser("gate-bench", help="speed of the gate with models of real sizes, random weights")
+    command.add_argument("--pair", default="SmolLM-135M+360M", help="embedded, SmolLM-135M+360M or SmolLM-135M+1.7B")
+    command.add_argument("--usage", type=float, default=0.2, help="share of the tokens that the large model writes")
+    command.add_argument("--prompts", type=int, default=5)
+    command.add_argument("--prompt-tokens", type=int, default=32)
+    command.add_argument("--new-tokens", type=int, default=50)
+    command.add_argument("--rounds", type=int, default=3, help="runs of each prompt, of which the median counts")
+    command.add_argument("--dtype", help="float32, float16 or bfloat16 instead of what suits the device")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", help="JSON file instead of data/benchmarks/gate_<pair>.json; - for none")
+    command.set_defaults(run=gate_bench)
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):

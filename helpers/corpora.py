@@ -169,14 +169,21 @@ def load_articles(source: str, split: str = "test") -> list[Article]:
     return [_parse_article(record, f"{source}[{i}]") for i, record in enumerate(_fetch(source, split))]
 
 
-def load_paragraphs(source: str, split: str = "train") -> list[str]:
-    """Running text to calibrate on: paragraphs of WikiText without its headings, or whole stories.
+def _parse_paragraphs(record: dict, where: str) -> tuple[str, ...]:
+    if "article" in record:
+        article = _parse_article(record, where)
+        return article.article, article.highlights
+    return (_parse_item(record, where).text,)
 
-    `source` is a local JSONL file of multiple-choice items, a story file, a text file with one paragraph a line, or
-    else a hub data set, `name` or `name:configuration`, with a column `text`.
+
+def load_paragraphs(source: str, split: str = "train") -> list[str]:
+    """Running text to calibrate on: paragraphs of WikiText without its headings, or stories.
+
+    `source` is a local JSONL file of multiple-choice items (whole texts) or articles (two texts each), a story file,
+    a text file with one paragraph a line, or else a hub data set, `name` or `name:configuration`, with a column `text`.
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [item.text for item in read_multiple_choice(source, split)]
+        return [text for texts in read_records(source, _parse_paragraphs, split) for text in texts]
     if Path(source).is_file():
         stories = read_stories(source)
         lines = stories if len(stories) > 1 else stories[0].splitlines()

@@ -6,31 +6,19 @@ reference texts, `fidelity` is ROUGE-L against what the large model writes itsel
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from helpers.calibration import measure_usage
 from helpers.corpora import Article
-from helpers.gate import (
-    LARGE,
-    SIGNALS,
-    SMALL,
-    CacheFactory,
-    EntropyGate,
-    Generated,
-    end_tokens,
-    gated_generate,
-    plain_generate,
-    prompt_ids,
-)
-from helpers.generation import PolicyDriver, synchronise
-from helpers.metrics import ROUGE_TYPES, bootstrap_groups, bootstrap_mean, bootstrap_ratio, rouge_scores
+from helpers.gate import EntropyGate, OnlineTracker, gated_generate
+from helpers.gate_baselines import assisted_generate, plain_generate
+from helpers.gate_reader import LARGE, SMALL, CacheFactory, Generated, end_tokens, prompt_ids
+from helpers.generation import PolicyDriver
+from helpers.metrics import ROUGE_TYPES, bootstrap_mean, bootstrap_ratio, rouge_scores
 from helpers.stores import live_bytes
 
 GATED, NAIVE, ASSISTED = "gated", "large, no cache", "assisted"
@@ -70,51 +58,6 @@ def sample_articles(articles: list[Article], count: int, seed: int = 0, held_out
     return [order[:count], order[count : count + held_out]]
 
 
-class _Clock:
-    """A streamer that notes when the first new token came."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # the first is the prompt
-
-    def end(self) -> None: ...
-
-
-@torch.no_grad()
-def assisted_generate(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int = 50,
-    stop_at_end: bool = True,
-) -> Generated:
-    """transformers' assisted generation (greedy): the small model drafts, the large one checks every token."""
-    ids = prompt_ids(tokenizer, prompt)
-    given, clock = torch.tensor([ids], device=large.device), _Clock()
-    least = {} if stop_at_end else {"min_new_tokens": max_new_tokens}
-    synchronise(large.device)
-    started = time.perf_counter()
-    output = large.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        assistant_model=small,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=clock,
-        **least,
-    )
-    written = output[0, len(ids) :].tolist()
-    seconds = time.perf_counter() - started
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    n = len(written)
-    first = clock.times[1] - started if len(clock.times) > 1 else seconds
-    return Generated(text, written, [LARGE] * n, [float("nan")] * n, seconds, first)
-
-
 def evaluate_gate(
     small: PreTrainedModel,
     large: PreTrainedModel,
@@ -130,6 +73,8 @@ def evaluate_gate(
     on_prompt: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """One row a prompt and method: `tokens`, `seconds`, `first_token_seconds`, `usage`, ROUGE, `fidelity`, `text`.
+
+    `shared_prefix` counts the tokens before the first that differs from the large model's own text.
 
     Greedy. The methods take turns, a prompt at a time, each beginning in turn; of `repeats` runs the median time
     counts. All are warmed up first. Texts end with the end-of-text token of either model, or with
@@ -158,8 +103,8 @@ def evaluate_gate(
         return plain_generate(large, large_tokenizer, prompt, tokens, use_cache=method == LARGE, **plain)
 
     for method in methods:
-        if method in gates and type(gates[method]) is not EntropyGate:
-            continue  # a gate that learns while it runs must not learn from the warm-up
+        if isinstance(gates.get(method), OnlineTracker):
+            continue  # it must not learn from the warm-up
         run(method, prompts[0], min(8, max_new_tokens))
     tables = []
     for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
@@ -178,7 +123,11 @@ def evaluate_gate(
 def _row(prompt: int, method: str, results: list[Generated], reference: str, large: list[Generated] | None) -> dict:
     last = results[-1]
     scores = {name: float(score[0]) for name, score in rouge_scores([last.text], [reference]).items()}
-    fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0]) if large else float("nan")
+    fidelity, prefix = float("nan"), float("nan")
+    if large:
+        fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0])
+        same = [own == theirs for own, theirs in zip(last.token_ids, large[-1].token_ids, strict=False)]
+        prefix = same.index(False) if False in same else len(same)
     return {
         "prompt": prompt,
         "method": method,
@@ -191,6 +140,7 @@ def _row(prompt: int, method: str, results: list[Generated], reference: str, lar
         "discarded": last.discarded,
         **scores,
         "fidelity": fidelity,
+        "shared_prefix": prefix,
         "text": last.text,
     }
 
@@ -223,41 +173,20 @@ def speed_against_ideal(table: pd.DataFrame, method: str = GATED) -> dict[str, f
 def compare(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     """Paired bootstrap over prompts, each (value, low, high) at 95%.
 
-    Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; and against the large model
-    `rougeL - large` and `fidelity`.
+    Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; against the large model
+    `rougeL - large` and `fidelity`; and `usage`, the share of all tokens that the large model wrote.
     """
     wide = table.assign(per_token=table["seconds"] / table["tokens"]).pivot(index="prompt", columns="method")
+    tokens = wide["tokens"][GATED]
     result = {
         f"speedup vs {method}": bootstrap_ratio(wide["per_token"][method], wide["per_token"][GATED])
         for method in table["method"].unique()
         if method != GATED
     }
+    result["usage"] = bootstrap_ratio(wide["usage"][GATED] * tokens, tokens)
     result["fidelity"] = bootstrap_mean(wide["fidelity"][GATED])
     result["rougeL - large"] = bootstrap_mean(wide["rougeL"][GATED] - wide["rougeL"][LARGE])
     return result
-
-
-def threshold_on_gated_text(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    signal: str,
-    usage: float,
-    max_new_tokens: int = 50,
-    passes: int = 2,
-    **settings,
-) -> EntropyGate:
-    """The gate at the percentile 100 (1 - usage) of the signal on the text that the gate itself writes.
-
-    Begins with the small model's text and repeats with the gated one, `passes` times in all.
-    """
-    gate = EntropyGate(-np.inf if usage == 1 else np.inf, signal)
-    for _ in range(passes if 0 < usage < 1 else 0):
-        _, signals = measure_usage(small, large, tokenizer, prompts, gate, max_new_tokens, **settings)
-        threshold = float(np.quantile(signals, 1 - usage))
-        gate = EntropyGate(max(0.0, threshold) if signal == "oracle" else threshold, signal)
-    return gate
 
 
 def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.DataFrame:
@@ -287,40 +216,6 @@ def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.Da
             | {"ms_per_token": ms[name]}
         )
     return pd.DataFrame(rows, index=pd.Index(gates, name="gate"))
-
-
-def gains_over_random(
-    table: pd.DataFrame, gates: dict[str, EntropyGate], of: str = "fidelity", at: float = 0.2, resamples: int = 1000
-) -> pd.DataFrame:
-    """How far each signal's curve of `of` over usage lies above the random one's, paired over the same prompts.
-
-    Curves run straight from the small model alone (usage 0) over the gates to the large one alone (usage 1). `gain`
-    is their distance at usage `at`, `area` the mean distance over all usages; both with 95% bootstrap intervals.
-    """
-    wide = table.assign(written=table["usage"] * table["tokens"]).pivot(index="prompt", columns="method")
-    grid = np.linspace(0, 1, 101)
-    names = {signal: [n for n, gate in gates.items() if gate.signal == signal] for signal in SIGNALS}
-    arrays = {method: wide.xs(method, axis=1, level=1)[[of, "written", "tokens"]].to_numpy(float)
-              for method in (*gates, SMALL, LARGE)}  # fmt: skip
-
-    def curve(signal: str, rows: np.ndarray) -> np.ndarray:
-        points = [(0.0, arrays[SMALL][rows, 0].mean()), (1.0, arrays[LARGE][rows, 0].mean())]
-        for name in names[signal]:
-            quality, written, tokens = arrays[name][rows].mean(axis=0)
-            points.append((written / tokens, quality))
-        return np.interp(grid, *zip(*sorted(points), strict=True))
-
-    result = []
-    for signal in (signal for signal in SIGNALS if names[signal] and signal != "random"):
-        row: dict[str, object] = {"signal": signal}
-        for key, pick in (("gain", lambda d: float(np.interp(at, grid, d))), ("area", lambda d: float(d.mean()))):
-            found = bootstrap_groups(
-                lambda rows, pick=pick, signal=signal: pick(curve(signal, rows) - curve("random", rows)),
-                np.arange(len(wide)), resamples,
-            )  # fmt: skip
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
-        result.append(row)
-    return pd.DataFrame(result).set_index("signal")
 
 
 def evaluate_large_caches(
@@ -357,57 +252,3 @@ def evaluate_large_caches(
             row |= {"fidelity": fidelity, "cache_tokens": cache.get_seq_length(), "live_bytes": live_bytes(cache)}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def sweep(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    references: list[str],
-    signals: Sequence[str] = SIGNALS,
-    usages: Sequence[float] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
-    max_new_tokens: int = 50,
-    tuning_prompts: list[str] | None = None,
-    **settings,
-) -> pd.DataFrame:
-    """Quality and speed of each signal at each usage: one row a threshold, as `summarise_gates` and `target_usage`.
-
-    The gates are those of `sweep_gates`; all of them and the two models alone take turns. `settings` are those of
-    `gated_generate`, as far as `evaluate_gate` takes them.
-    """
-    gates = sweep_gates(small, large, tokenizer, tuning_prompts or prompts, signals, usages, max_new_tokens, **settings)
-    table = evaluate_gate(
-        small, large, tokenizer, prompts, references, gates, max_new_tokens, methods=(GATED, LARGE, SMALL), **settings
-    )
-    summary = summarise_gates(table, gates)
-    summary.insert(1, "target_usage", [usage for _ in signals for usage in usages])
-    return summary
-
-
-def sweep_gates(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    signals: Sequence[str],
-    usages: Sequence[float],
-    max_new_tokens: int = 50,
-    **settings,
-) -> dict[str, EntropyGate]:
-    """A gate for each signal and usage, by the name "signal usage".
-
-    Thresholds are percentiles of the signal on gated text of `prompts` (see `threshold_on_gated_text`), so that usage
-    elsewhere is near the target but not it; the oracle cannot fire more often than the models differ.
-    """
-    gates = {}
-    for signal in signals:
-        for usage in usages:
-            if signal == "random" and 0 < usage < 1:
-                gate = EntropyGate(1 - usage, signal)
-            else:
-                gate = threshold_on_gated_text(
-                    small, large, tokenizer, prompts, signal, usage, max_new_tokens, **settings
-                )
-            gates[f"{signal} {usage:g}"] = gate
-    return gates

@@ -60,7 +60,7 @@ PRESETS = {
         gate_small=str(ROOT / "data/models/small"),
         gate_large=str(ROOT / "data/models/large"),
         articles=str(ROOT / "data/samples/openings.jsonl"),
-        calibration=str(ROOT / "data/samples/stories.jsonl"),
+        calibration=str(ROOT / "data/samples/openings.jsonl"),
         test_split="test",
     ),
     "smollm": Preset(

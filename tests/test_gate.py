@@ -20,34 +20,21 @@ from helpers.calibration import calibrate, correct_by_bisection, fingerprint, me
 from helpers.corpora import load_articles, load_paragraphs, read_articles
 from helpers.features import entropy
 from helpers.files import ROOT
-from helpers.gate import (
-    LARGE,
-    SIGNALS,
-    SMALL,
-    EntropyGate,
-    OnlineTracker,
-    check_same_tokens,
-    gated_generate,
-    plain_generate,
-    prompt_ids,
-    reference_gated_generate,
-    trace,
-    uncertainty,
-)
+from helpers.gate import SIGNALS, EntropyGate, OnlineTracker, entropy_bits, gated_generate, trace, uncertainty
+from helpers.gate_baselines import plain_generate, reference_gated_generate
 from helpers.gate_evaluation import (
     METHODS,
     compare,
     evaluate_gate,
     evaluate_large_caches,
     fit_prompts,
-    gains_over_random,
     sample_articles,
     speed_against_ideal,
     summarise_gates,
     summarise_methods,
-    sweep,
-    threshold_on_gated_text,
 )
+from helpers.gate_reader import LARGE, SMALL, check_same_tokens, prompt_ids
+from helpers.gate_sweep import gains_over_random, sweep, threshold_on_gated_text
 from helpers.generation import PolicyDriver
 from helpers.kv_cache import PackedKVCache
 from helpers.models import PRESETS, load_model, placement
@@ -375,6 +362,9 @@ def test_signals_are_higher_where_the_model_is_less_sure():
     assert uncertainty(lost, "max_prob") == 0.75
     assert uncertainty(torn, "margin") == 1.0
     assert uncertainty(torch.tensor([0.0, -math.inf])) == 0
+    for logits in (sure, lost, torch.tensor([0.0, -math.inf, 1.0]), torch.randn(50, dtype=torch.bfloat16)):
+        assert entropy_bits(logits) == pytest.approx(uncertainty(logits).item(), rel=1e-5)
+    assert math.isnan(entropy_bits(torch.tensor([0.0, math.nan])))
     half = torch.randn(50, dtype=torch.bfloat16)
     assert uncertainty(half).dtype == torch.float32
     assert uncertainty(half).item() == pytest.approx(entropy(half).item() / math.log(2), rel=1e-5)
@@ -534,6 +524,7 @@ def test_speed_is_shown_against_the_ideal(evaluated):
     against = compare(table)
     assert against["speedup vs large"] == pytest.approx((2.0, 2.0, 2.0))
     assert against["fidelity"][1] <= against["fidelity"][0] <= against["fidelity"][2]
+    assert against["usage"] == pytest.approx((0.3, 0.3, 0.3))
 
 
 def test_evaluation_refuses_unknown_methods_and_unequal_lists(pair):
@@ -643,11 +634,19 @@ def test_texts_are_read_in_the_formats_of_the_real_sets(tmp_path):
     stories = tmp_path / "stories.txt"
     stories.write_text("One story.\nIts end.\n<|endoftext|>\nAnother.\n", encoding="utf-8")
     assert load_paragraphs(str(stories)) == ["One story.\nIts end.", "Another."]
-    assert len(load_paragraphs(PRESETS["embedded"].calibration)) == 57
+    assert len(load_paragraphs(PRESETS["embedded"].stories)) == 57
     assert len(load_articles(PRESETS["embedded"].articles)) == 57
     wiki.write_text(" = A Title = \n", encoding="utf-8")
     with pytest.raises(ValueError, match="headings only"):
         load_paragraphs(str(wiki))
+
+
+def test_there_are_a_hundred_calibration_texts_and_none_is_a_test_prompt():
+    preset = PRESETS["embedded"]
+    texts = load_paragraphs(preset.calibration)
+    assert len(set(texts)) == 114
+    tested = load_articles(preset.articles)
+    assert not set(texts) & {part for each in tested for part in (each.article, each.highlights)}
 
 
 def test_a_spread_model_shows_its_map(tiny_folder):
@@ -665,7 +664,7 @@ REPORT = [
     r"Small model \(data/models/small\) is on: \w+(:\d)?",
     r"Large model \(data/models/large\) device map: .+",
     r"",
-    r"--- Calibrating entropy threshold from 'data/samples/stories\.jsonl' ---",
+    r"--- Calibrating entropy threshold from 'data/samples/openings\.jsonl' ---",
     r"Target percentile: 50% \(will trigger large model on the top 50% of tokens\)",
     r"Processing dataset samples to gather entropy distribution\.\.\.",
     rf"Calibration complete\. Calculated Threshold at 50th percentile: {NUMBER}",
@@ -731,7 +730,7 @@ def test_the_report_can_aim_at_a_usage(capsys, correct):
     assert main.main(["gate", *options, "--correct", correct, "--recalibrate"]) == 0
     shown = capsys.readouterr().out
     assert "Target percentile: 75% (will trigger large model on the top 25% of tokens)" in shown
-    assert ("Corrected on 20 other prompts for a usage of 25%" in shown) == (correct == "bisection")
+    assert ("Corrected on 50 other prompts for a usage of 25%" in shown) == (correct == "bisection")
 
 
 def test_the_report_names_what_is_wrong(capsys, shared):

@@ -5,6 +5,7 @@ the library's scaled-dot-product attention.
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -42,7 +43,7 @@ def packed_attention_forward(
     `attention_mask` covers keys by their position in the text.
     """
     if not isinstance(key, PackedStates):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unsupported = ("softcap", "s_aux", "position_bias", "sliding_window")
     if refused := [name for name in unsupported if kwargs.get(name) is not None]:
         raise ValueError(f"packed attention does not support {', '.join(refused)}, which {type(module).__name__} uses")
@@ -57,10 +58,33 @@ def packed_attention_forward(
             cache.attention_variance = attention_variance(query, tail_keys, attention_mask, scaling)
         if cache.record_received:
             prompt_received(query, states, attention_mask, scaling)
-        return sdpa_attention_forward(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
+        return dense_attention(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
     output, variance = packed_attention(query, states, attention_mask, scaling, record)
     if record:
         cache.attention_variance = variance
+    return output.transpose(1, 2).contiguous(), None
+
+
+def dense_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The library's scaled-dot-product attention, same convention, same numbers.
+
+    Where there is a mask, the library copies keys and values once for every query head that shares them; attention
+    on a CPU does not need the copies.
+    """
+    if attention_mask is None or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    dropout = kwargs.get("dropout", 0.0)
+    output = scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
