@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from helpers.features import TokenCounts
 from helpers.files import atomic_path, provenance, write_json
-from helpers.generation import PolicyDriver, decode
+from helpers.generation import PolicyDriver, check_context, decode
 from helpers.kv_cache import PackedKVCache
 from helpers.policies import Policy, policy_for_text
 from helpers.quantization import WIDTHS
@@ -68,12 +68,13 @@ def collect(
     """Collect all `texts` (token ids, two or more each) into the CSV `path`, and its provenance into `path`.json.
 
     An interrupted collection is taken up after its last complete text if texts, policy, block and model shape are
-    the same; else it starts anew. Raises `ValueError` for texts of fewer than two tokens.
+    the same; else it starts anew. Raises `ValueError` for texts of fewer than two tokens or beyond the model's context.
     """
     path = Path(path)
     short = [i for i, ids in enumerate(texts) if len(ids) < 2]
     if short or not texts:
         raise ValueError(f"every text needs two tokens or more; too short: text(s) {short or 'none given'}")
+    check_context(model, max(map(len, texts)))
     # Rarity depends on the texts before: counting them serially makes a resumed run see what a whole run sees.
     counts = TokenCounts()
     rarities = [counts.rarity(ids) for ids in texts]
@@ -144,6 +145,8 @@ def check_training_data(table: pd.DataFrame) -> None:
     """Raise `ValueError`, naming column and fault, unless `table` is a sound result of `collect`."""
     if list(table.columns[: len(SEED_COLUMNS)]) != SEED_COLUMNS:
         raise ValueError(f"the first columns must be {SEED_COLUMNS}, got {list(table.columns[: len(SEED_COLUMNS)])}")
+    if twice := sorted(table.columns[table.columns.duplicated()]):
+        raise ValueError(f"column(s) there more than once: {', '.join(twice)}")
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"missing column(s): {', '.join(missing)}")
@@ -169,8 +172,11 @@ def read_training_data(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is not there yet: run notebook 01_data_collection.ipynb first")
-    table = pd.read_csv(path)
-    check_training_data(table)
+    try:
+        table = pd.read_csv(path)
+        check_training_data(table)
+    except ValueError as error:  # pandas' own errors are such, too
+        raise ValueError(f"{path.name}: {error}") from error
     return table
 
 

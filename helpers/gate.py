@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from helpers.generation import PolicyDriver, synchronise
+from helpers.memory import explain_out_of_memory
 from helpers.models import encode
 
 SIGNALS = ("entropy", "max_prob", "margin", "random", "oracle")
@@ -223,6 +224,15 @@ def check_context(model: PreTrainedModel, name: str, prompt_tokens: int, max_new
         )
 
 
+def check_signal(value: float, written: int) -> None:
+    """Raise `ValueError` where the signal of the token after `written` ones is NaN: its logits were no numbers."""
+    if math.isnan(value):
+        raise ValueError(
+            f"logits hold NaN or infinity after {written} written token(s), so that there is no entropy to gate by: "
+            "run the models in float32 or bfloat16, or look for the first layer whose output is not finite"
+        )
+
+
 def end_tokens(*models: PreTrainedModel) -> set[int]:
     """Token ids that end a text for any of the models."""
     ends: set[int] = set()
@@ -259,9 +269,10 @@ class _Reader:
         new = written[self.seen - start :] if self.seen >= start else self.prompt[self.seen :] + written
         ids = torch.tensor([new], device=self.model.device)
         every = self.driver is not None and bool(self.driver.wanted)
-        logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=0 if every else keep).logits
-        if self.driver is not None:
-            self.driver.observe(ids, logits)
+        with explain_out_of_memory(f"reading {len(new)} token(s) of a gated text", (self.model, self.cache)):
+            logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=0 if every else keep).logits
+            if self.driver is not None:
+                self.driver.observe(ids, logits)
         self.seen += len(new)
         return logits[0, -keep:]
 
@@ -371,6 +382,7 @@ def gated_generate(
                 value = draw()
             else:
                 value, token = _opinion(logits, gate.signal)
+            check_signal(value, len(written))
             fired = gate.fires(value)
             result.signal.append(value)
             if fired:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from helpers.features import TokenCounts, TokenFeatures, confidence, entropy, surprisal
 from helpers.kv_cache import PackedKVCache
+from helpers.memory import explain_out_of_memory
 from helpers.packed_store import Demotion
 from helpers.policies import Policy, Widths
 
@@ -122,8 +123,9 @@ class PolicyDriver(LogitsProcessor):
                     "position_ids": (mask[:, :-1].long().cumsum(-1) - 1).clamp(min=0),
                 }
                 self.cache.visible = mask[:, :-1].bool()
-            logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
-            self.observe(input_ids[:, :-1], logits)
+            with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
+                logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
+                self.observe(input_ids[:, :-1], logits)
         return inputs
 
     def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
@@ -150,6 +152,7 @@ class PolicyDriver(LogitsProcessor):
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:
             features = self._oldest(ready)
+            self._doubt_logits(features)
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
             if self.policy.needs_settled:
                 self.pending = self.pending.append(features)
@@ -158,6 +161,18 @@ class PolicyDriver(LogitsProcessor):
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
             self._settle_ready()
+
+    def _doubt_logits(self, features: TokenFeatures) -> None:
+        """Have the cache's next host read find out whether the logits behind `features` were numbers."""
+        known = features.confidence if features.entropy is None else features.entropy
+        if known is not None:
+            first = self.cache.committed
+            message = (
+                f"logits of tokens {first} to {first + known.shape[1] - 1} hold NaN or infinity: '{self.policy.name}' "
+                "has no entropy to choose by; run the model in float32 or bfloat16, or look for the first layer whose "
+                "output is not finite"
+            )
+            self.cache.doubt(known.sum(), message, message)
 
     def _settle_ready(self) -> None:
         """Move on the pending blocks that are old enough."""
@@ -259,7 +274,7 @@ def score_blocks(
     """
     for start in range(0, input_ids.shape[1], block):
         ids = input_ids[:, start : start + block]
-        with torch.no_grad():
+        with torch.no_grad(), explain_out_of_memory(f"reading tokens from {start} on", (model, cache)):
             logits = model(input_ids=ids, past_key_values=cache).logits
         yield slice(start, start + ids.shape[1]), logits
         if driver is not None:
@@ -291,12 +306,40 @@ def decode(
 
     With `forced`, `input_ids` `[B, tokens]` is a whole text that is read token by token, every step predicting the
     next token; else it is a prompt, read in one forward, after which `max_new_tokens` are written, greedily or
-    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished.
+    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished. Raises
+    `ValueError` for what is to be written beyond the model's context.
     """
     if forced == bool(max_new_tokens):
         raise ValueError("decode either reads a text (forced=True) or writes max_new_tokens > 0, not both")
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids holds no token")
+    if not forced:
+        check_context(model, input_ids.shape[1], max_new_tokens)
+    with explain_out_of_memory("reading a text" if forced else "writing", (model, cache)):
+        return _decode(model, input_ids, cache, driver, max_new_tokens, forced, temperature, seed)
+
+
+def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0) -> None:
+    """Raise `ValueError` where a text and what is to be written do not fit into the context of `model`."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens + max_new_tokens > limit:
+        written = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        raise ValueError(
+            f"a text of {tokens} tokens{written} does not fit into the context of this {model.config.model_type} model "
+            f"({limit} tokens): cut it"
+        )
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    driver: PolicyDriver | None,
+    max_new_tokens: int,
+    forced: bool,
+    temperature: float,
+    seed: int,
+) -> DecodeResult:
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     latencies, hits, collected = [], [], TokenFeatures()
     text, logits = input_ids, None
