@@ -44,6 +44,13 @@ def atomic_path(path: str | Path, directory: bool = False):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of the file `name` directly inside `folder`; `ValueError` for a name that would lead elsewhere."""
+    if not name or name in (".", "..") or any(sign in name for sign in "/\\:\0"):
+        raise ValueError(f"name must be that of a file in {relative_to_root(folder)}, without a path, got {name!r}")
+    return Path(folder) / name
+
+
 def write_json(path: str | Path, content: object) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
