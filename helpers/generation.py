@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from helpers.features import TokenCounts, TokenFeatures, confidence, entropy, surprisal
-from helpers.kv_cache import PackedKVCache
+from helpers.kv_cache import PackedKVCache, width_pair
 from helpers.memory import explain_out_of_memory
 from helpers.packed_store import Demotion
 from helpers.policies import Policy, Widths
@@ -115,6 +116,7 @@ class PolicyDriver(LogitsProcessor):
         `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
         """
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        _check_tokens(input_ids)
         if input_ids.shape[1] > 1:
             kwargs = {}
             if mask is not None and not bool(mask.all()):
@@ -213,12 +215,14 @@ class PolicyDriver(LogitsProcessor):
         """Widths of the oldest `tokens` tokens of the tail."""
         rows = self.token_ids.shape[0]
         widths = self.policy.widths(features, rows, tokens)
+        if isinstance(widths, np.ndarray):
+            widths = torch.from_numpy(widths)
         if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
             raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
-        if isinstance(widths, torch.Tensor):
-            record = widths
-        else:
-            record = torch.full((rows, tokens), widths if isinstance(widths, int) else sum(widths) / 2)
+        record = widths
+        if not isinstance(widths, torch.Tensor):
+            keys, values = width_pair(widths)
+            record = torch.full((rows, tokens), keys if keys == values else (keys + values) / 2)
         self.chosen.append(record)
         return widths
 
@@ -272,6 +276,7 @@ def score_blocks(
     the next one, so that a caller who looks at the cache sees it as the block's last token did. `block` should be
     the cache's own, or tokens would be seen in full precision that decoding sees quantized.
     """
+    _check_tokens(input_ids)
     for start in range(0, input_ids.shape[1], block):
         ids = input_ids[:, start : start + block]
         with torch.no_grad(), explain_out_of_memory(f"reading tokens from {start} on", (model, cache)):
@@ -279,6 +284,11 @@ def score_blocks(
         yield slice(start, start + ids.shape[1]), logits
         if driver is not None:
             driver.observe(ids, logits)
+
+
+def _check_tokens(input_ids: torch.Tensor) -> None:
+    if not input_ids.numel():
+        raise ValueError("input_ids holds no token: there is nothing to read")
 
 
 @dataclass
@@ -311,8 +321,7 @@ def decode(
     """
     if forced == bool(max_new_tokens):
         raise ValueError("decode either reads a text (forced=True) or writes max_new_tokens > 0, not both")
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids holds no token")
+    _check_tokens(input_ids)
     if not forced:
         check_context(model, input_ids.shape[1], max_new_tokens)
     with explain_out_of_memory("reading a text" if forced else "writing", (model, cache)):

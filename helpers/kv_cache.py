@@ -237,7 +237,7 @@ class PackedKVCache(Cache):
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ValueError(f"max_length must be a number of tokens, 1 or more, got {max_length!r}")
         self.config = config.get_text_config(decoder=True)
-        self.bits = None if bits is None else _width_pair(bits)
+        self.bits = None if bits is None else width_pair(bits)
         self.block, self.quantizer, self.max_length = block, quantizer, max_length
         self.stores: list[PackedStore] = []
         self.store_of: dict[int, tuple[PackedStore, int]] = {}
@@ -335,7 +335,7 @@ class PackedKVCache(Cache):
             elif pending:
                 raise ValueError(f"pending tokens must share one width, got {used.tolist()}")
         if not isinstance(bits, np.ndarray):
-            bits = _width_pair(bits)
+            bits = width_pair(bits)
         ready = self.committable
         tokens = ready if tokens is None else tokens
         if not 0 <= tokens <= ready or tokens % self.block:
@@ -382,7 +382,7 @@ class PackedKVCache(Cache):
         if not doubts:
             return bits.cpu().numpy()
         device = doubts[0][0].device
-        parts = [total.reshape(1).to(device, torch.float32) for total, *_ in doubts]
+        parts = [total.detach().reshape(1).to(device, torch.float32) for total, *_ in doubts]
         if bits is not None:
             parts.append(bits.reshape(-1).to(device, torch.float32))
         numbers = torch.cat(parts).cpu().numpy()
@@ -426,8 +426,8 @@ class PackedKVCache(Cache):
         instead, the whole blocks may be settled once more. Raises `ValueError` where there are fewer pending blocks,
         or where `keep` is not within the block or lacks scores.
         """
-        stage = Stage(*_width_pair(source, "source"), pending=True)
-        goal = _width_pair(target, "target")
+        stage = Stage(*width_pair(source, "source"), pending=True)
+        goal = width_pair(target, "target")
         if not self.stores or blocks < 1 or blocks > self.pending_blocks(source):
             raise ValueError(
                 f"blocks must lie between 1 and the number of pending blocks at {source} bits "
@@ -449,12 +449,12 @@ class PackedKVCache(Cache):
 
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
-        bucket = self.stores[0].buckets.get(Stage(*_width_pair(bits), pending=True)) if self.stores else None
+        bucket = self.stores[0].buckets.get(Stage(*width_pair(bits), pending=True)) if self.stores else None
         return len(bucket.blocks) if bucket else 0
 
     def pending_tokens(self, bits: Widths, blocks: int) -> int:
         """Number of tokens in the oldest `blocks` blocks that wait at width `bits` (a crop may leave short ones)."""
-        bucket = self.stores[0].buckets[Stage(*_width_pair(bits), pending=True)]
+        bucket = self.stores[0].buckets[Stage(*width_pair(bits), pending=True)]
         return sum(slots for _, slots in bucket.blocks[:blocks])
 
     def _make_stores(self) -> None:
@@ -573,7 +573,8 @@ class PackedKVCache(Cache):
         return bits
 
 
-def _width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+def width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+    """Key bits and value bits of a width or a pair; raises `ValueError` for anything else."""
     pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
     if len(pair) != 2:
         raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")
