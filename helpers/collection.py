@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from helpers.features import TokenCounts
-from helpers.files import atomic_path, provenance, write_json
+from helpers.files import atomic_path, explain_full_disk, provenance, write_json
 from helpers.generation import PolicyDriver, check_context, decode
 from helpers.kv_cache import PackedKVCache
 from helpers.policies import Policy, policy_for_text
@@ -84,7 +84,7 @@ def collect(
         _warm_up(model, texts[0], policy, block)
     for text_id in tqdm(range(done, len(texts)), initial=done, total=len(texts), desc="texts", leave=False):
         table = collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
-        with partial.open("a", newline="", encoding="utf-8") as file:
+        with explain_full_disk(partial), partial.open("a", newline="", encoding="utf-8") as file:
             table.round(6).to_csv(file, header=False, index=False)
             file.flush()
     result = pd.read_csv(partial, comment="#", names=COLUMNS)
@@ -126,19 +126,27 @@ def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> 
     kept: list[str] = []
     done = 0
     if partial.is_file():
-        lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         if lines and lines[0] == header:
             at = 1
             for ids in texts:
                 rows = lines[at : at + len(ids) - 1]
                 whole = len(rows) == len(ids) - 1 and rows[-1].endswith("\n")
-                if not whole or any(row.count(",") != len(COLUMNS) - 1 for row in rows):
+                if not whole or not all(map(_is_row, rows)):
                     break
                 kept, at = kept + rows, at + len(rows)
                 done += 1
     with atomic_path(partial) as temporary:
         temporary.write_text(header + "".join(kept), encoding="utf-8")
     return done
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line of a partial file holds a number for every column."""
+    try:
+        return len([float(part) for part in line.split(",")]) == len(COLUMNS)
+    except ValueError:
+        return False
 
 
 def check_training_data(table: pd.DataFrame) -> None:

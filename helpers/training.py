@@ -86,15 +86,16 @@ def load_or_measure_costs(
     content = [model_fingerprint(model), table["token_id"].tolist(), table["kv_bits"].tolist(), HORIZON]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     about = path.with_suffix(".json")
-    if path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("key") == key:
-        costs = pd.read_csv(path)
-        bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
-        return costs.assign(optimal_bits=bits), price
-    costs, price = measure_costs(model, table, average)
-    with atomic_path(path) as temporary:
-        costs.to_csv(temporary, index=False, float_format="%.6g")
-    write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
-    return costs, price
+    if not (path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("key") == key):
+        costs, price = measure_costs(model, table, average)
+        about.unlink(missing_ok=True)  # or a run killed between the two files would leave new costs under an old key
+        with atomic_path(path) as temporary:
+            costs.to_csv(temporary, index=False, float_format="%.6g")
+        write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
+    # From the file in any case: its numbers are rounded, and a run that is taken up again must end as a whole one.
+    costs = pd.read_csv(path)
+    bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
+    return costs.assign(optimal_bits=bits), price
 
 
 @dataclass
