@@ -130,9 +130,7 @@ def explain_full_disk(path: str | Path):
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
         if number not in FULL_DISK:
             raise
-        reason = (
-            f"{os.strerror(number)}: it was not written, what was there before is untouched; make room and run again"
-        )
+        reason = f"{os.strerror(number)}: not written, what was there before is untouched; make room and run again"
         raise OSError(number, reason, relative_to_root(path)) from error
 
 
