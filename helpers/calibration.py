@@ -110,7 +110,7 @@ def _cached_threshold(path: Path, key: dict[str, object]) -> float | None:
     """The threshold kept for `key`; None where there is none, or a file that was damaged or is of something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or {name: content.get(name) for name in key} != key:
         return None
