@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.command} runs in one process; several can share {' and '.join(SHARED_COMMANDS)}")
     try:
         options.run(options)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 1
     return 0

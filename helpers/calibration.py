@@ -81,7 +81,13 @@ def text_signals(
     for text in tqdm(ids, disable=not progress):
         given = torch.tensor([text[:limit]], device=small.device)
         values.append(uncertainty(small(input_ids=given, use_cache=False).logits[0], signal).double().cpu())
-    return torch.cat(values).numpy()
+    signals = torch.cat(values).numpy()
+    if np.isnan(signals).any():
+        raise ValueError(
+            f"logits hold NaN or infinity after {np.isnan(signals).sum()} of {len(signals)} tokens of the calibration "
+            "texts: run the model in float32 or bfloat16"
+        )
+    return signals
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -104,7 +110,7 @@ def _cached_threshold(path: Path, key: dict[str, object]) -> float | None:
     """The threshold kept for `key`; None where there is none, or a file that was damaged or is of something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or {name: content.get(name) for name in key} != key:
         return None

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from helpers.features import TokenCounts
-from helpers.files import atomic_path, provenance, write_json
-from helpers.generation import PolicyDriver, decode
+from helpers.files import atomic_path, explain_full_disk, provenance, write_json
+from helpers.generation import PolicyDriver, check_context, decode
 from helpers.kv_cache import PackedKVCache
 from helpers.policies import Policy, policy_for_text
 from helpers.processes import from_main, is_main_process, process_count, spread
@@ -71,12 +71,13 @@ def collect(
 
     An interrupted collection is taken up after its last complete text if texts, policy, block and model shape are
     the same; else it starts anew. Several processes (see `helpers.processes`) share the texts of a round, and the
-    main one writes. Raises `ValueError` for texts of fewer than two tokens.
+    main one writes. Raises `ValueError` for texts of fewer than two tokens or beyond the model's context.
     """
     path = Path(path)
     short = [i for i, ids in enumerate(texts) if len(ids) < 2]
     if short or not texts:
         raise ValueError(f"every text needs two tokens or more; too short: text(s) {short or 'none given'}")
+    check_context(model, max(map(len, texts)))
     # Rarity depends on the texts before: counting them serially makes a resumed run see what a whole run sees.
     counts = TokenCounts()
     rarities = [counts.rarity(ids) for ids in texts]
@@ -103,7 +104,7 @@ def collect(
 
 
 def _append(partial: Path, table: pd.DataFrame) -> None:
-    with partial.open("a", newline="", encoding="utf-8") as file:
+    with explain_full_disk(partial), partial.open("a", newline="", encoding="utf-8") as file:
         table.round(6).to_csv(file, header=False, index=False)
         file.flush()
 
@@ -148,13 +149,13 @@ def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> 
     kept: list[str] = []
     done = 0
     if partial.is_file():
-        lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         if lines and lines[0] == header:
             at = 1
             for ids in texts:
                 rows = lines[at : at + len(ids) - 1]
                 whole = len(rows) == len(ids) - 1 and rows[-1].endswith("\n")
-                if not whole or any(row.count(",") != len(COLUMNS) - 1 for row in rows):
+                if not whole or not all(map(_is_row, rows)):
                     break
                 kept, at = kept + rows, at + len(rows)
                 done += 1
@@ -163,10 +164,20 @@ def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> 
     return done
 
 
+def _is_row(line: str) -> bool:
+    """Whether a line of a partial file holds a number for every column."""
+    try:
+        return len([float(part) for part in line.split(",")]) == len(COLUMNS)
+    except ValueError:
+        return False
+
+
 def check_training_data(table: pd.DataFrame) -> None:
     """Raise `ValueError`, naming column and fault, unless `table` is a sound result of `collect`."""
     if list(table.columns[: len(SEED_COLUMNS)]) != SEED_COLUMNS:
         raise ValueError(f"the first columns must be {SEED_COLUMNS}, got {list(table.columns[: len(SEED_COLUMNS)])}")
+    if twice := sorted(table.columns[table.columns.duplicated()]):
+        raise ValueError(f"column(s) there more than once: {', '.join(twice)}")
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"missing column(s): {', '.join(missing)}")
@@ -192,8 +203,11 @@ def read_training_data(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is not there yet: run notebook 01_data_collection.ipynb first")
-    table = pd.read_csv(path)
-    check_training_data(table)
+    try:
+        table = pd.read_csv(path)
+        check_training_data(table)
+    except ValueError as error:  # pandas' own errors are such, too
+        raise ValueError(f"{path.name}: {error}") from error
     return table
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from helpers.features import TokenCounts, TokenFeatures
-from helpers.files import atomic_path, provenance, write_json
+from helpers.files import atomic_path, inside, provenance, write_json
 from helpers.metrics import bootstrap_groups
 from helpers.packed_store import Demotion
 from helpers.policies import Policy, Step, Widths, check_steps, describe_kept, describe_schedule
@@ -73,47 +73,74 @@ class Network:
         return Network(self.features, self.mean.to(device), self.scale.to(device), layers)
 
     def save(self, folder: str | Path, name: str, about: dict[str, object]) -> None:
-        """Write `name`.safetensors and `name`.json (features, sizes, `about`, provenance) into `folder`."""
+        """Write `name`.safetensors and `name`.json (features, sizes, `about`, provenance) into `folder`.
+
+        The description is inside the first file too, so that weights and description are replaced as one.
+        """
         tensors = {f"layers.{key}": value.contiguous() for key, value in self.layers.state_dict().items()}
-        with atomic_path(Path(folder) / f"{name}.safetensors") as temporary:
-            save_file(tensors | {"mean": self.mean, "scale": self.scale}, temporary)
-        content = {"features": list(self.features), "hidden": list(self.hidden), **about, **provenance()}
-        write_json(Path(folder) / f"{name}.json", content)
+        content = {"features": list(self.features), "hidden": list(self.hidden), **about}
+        path = inside(folder, f"{name}.safetensors")
+        with atomic_path(path) as temporary:
+            tensors |= {"mean": self.mean, "scale": self.scale}
+            save_file(tensors, temporary, metadata={"about": json.dumps(content)})
+        write_json(path.with_suffix(".json"), content | provenance())
 
     @classmethod
-    def load(cls, folder: str | Path, name: str, known: Sequence[str]) -> tuple["Network", dict]:
-        """Read a network and its JSON. Raises `ValueError` for a file that is not one or that reads other features.
+    def load(cls, folder: str | Path, name: str, known: Sequence[str], outputs: int) -> tuple["Network", dict]:
+        """Read a network and its description: that in the safetensors file, else that of the JSON beside it.
 
-        `known` are the features that the caller can supply.
+        `known` are the features that the caller can supply, `outputs` how many numbers the network must give. Nothing
+        is allocated before the shapes in the file fit the description. Raises `ValueError` for a file that is not a
+        network, that reads other features, or whose numbers no network can have.
         """
-        path = Path(folder) / f"{name}.safetensors"
+        path = inside(folder, f"{name}.safetensors")
         if not path.is_file():
             raise FileNotFoundError(
                 f"no controller {name!r} in {folder}: run notebook 02_controller_training.ipynb first"
             )
         try:
-            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            features, hidden = tuple(map(str, about["features"])), tuple(map(int, about["hidden"]))
-            tensors = load_file(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            with safe_open(path, "pt") as file:
+                about = (file.metadata() or {}).get("about") or path.with_suffix(".json").read_text(encoding="utf-8")
+                about = json.loads(about)
+                features, hidden = tuple(map(str, about["features"])), tuple(map(int, about["hidden"]))
+                if foreign := sorted(set(features) - set(known)):
+                    raise _Foreign(f"reads unknown feature(s) {foreign}; known are {list(known)}")
+                _check_shapes(file, features, hidden, outputs)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        except _Foreign as error:
+            raise ValueError(f"controller {path.name}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
             raise ValueError(f"controller {path.name}: cannot be read ({type(error).__name__}: {error})") from error
-        if foreign := sorted(set(features) - set(known)):
-            raise ValueError(f"controller {path.name}: reads unknown feature(s) {foreign}; known are {list(known)}")
-        try:
-            outputs = len(tensors[f"layers.{2 * len(hidden)}.bias"])
-            network = cls.create(features, torch.zeros(2, len(features)), hidden, outputs)
-            network.layers.load_state_dict(
-                {key.removeprefix("layers."): value for key, value in tensors.items() if key.startswith("layers.")}
-            )
-            network.mean, network.scale = tensors["mean"], tensors["scale"]
-            if not (network.mean.shape == network.scale.shape == (len(features),)):
-                raise ValueError(f"{list(network.mean.shape)} means for {len(features)} features")
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"controller {path.name}: its weights do not fit its description ({error})") from error
         if not all(torch.isfinite(value).all() for value in tensors.values()):
             raise ValueError(f"controller {path.name}: holds NaN or infinity")
+        if not (tensors["scale"] > 0).all():
+            raise ValueError(f"controller {path.name}: scales of its inputs must be positive")
+        network = cls.create(features, torch.zeros(2, len(features)), hidden, outputs)
+        network.mean, network.scale = tensors.pop("mean"), tensors.pop("scale")
+        network.layers.load_state_dict({key.removeprefix("layers."): value for key, value in tensors.items()})
         network.layers.eval().requires_grad_(False)
         return network, about
+
+
+class _Foreign(Exception):
+    """A file that can be read, and is not what it should be."""
+
+
+def _check_shapes(file: safe_open, features: tuple[str, ...], hidden: tuple[int, ...], outputs: int) -> None:
+    """Raise `_Foreign` unless an open file holds exactly the float32 tensors of a network of these sizes."""
+    sizes = [len(features), *hidden, outputs]
+    expected = {"mean": [len(features)], "scale": [len(features)]}
+    for number, (wide, narrow) in enumerate(pairwise(sizes)):
+        expected |= {f"layers.{2 * number}.weight": [narrow, wide], f"layers.{2 * number}.bias": [narrow]}
+    found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    for key in sorted(expected.keys() | found.keys()):
+        there = [found[key].get_dtype(), found[key].get_shape()] if key in found else "nothing"
+        wanted = ["F32", expected[key]] if key in expected else "nothing"
+        if there != wanted:
+            raise _Foreign(
+                f"its weights do not fit its description: {key} is {there}, expected {wanted} for {len(features)} "
+                f"features, hidden layers {list(hidden)[:8]} and {outputs} output(s)"
+            )
 
 
 @dataclass
@@ -381,11 +408,17 @@ class LearnedController(Policy):
         `average` asks a commit network for that average width (as on its training texts).
         """
         if name == "settle":
-            net, _ = Network.load(folder, name, SETTLE_FEATURES)
+            net, _ = Network.load(folder, name, SETTLE_FEATURES, 1)
             return cls(settle_net=net, commit=commit, steps=QUALITY_SCHEDULE[1] if steps is None else steps)
-        net, about = Network.load(folder, name, tuple(TokenFeatures.__dataclass_fields__))
-        rates = {float(rate): float(price) for rate, price in about.get("rates", {}).items()}
-        counts = TokenCounts({int(token): int(count) for token, count in about.get("token_counts", {}).items()})
+        net, about = Network.load(folder, name, tuple(TokenFeatures.__dataclass_fields__), len(WIDTHS))
+        try:
+            rates = {float(rate): float(price) for rate, price in about.get("rates", {}).items()}
+            numbers = {int(token): int(count) for token, count in about.get("token_counts", {}).items()}
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"controller {name}: its rates or token counts are no numbers ({error})") from error
+        if not np.isfinite([*rates, *rates.values()]).all() or min(numbers.values(), default=0) < 0:
+            raise ValueError(f"controller {name}: its rates must be finite and its token counts 0 or more")
+        counts = TokenCounts(numbers)
         controller = cls(commit_net=net, rates=rates, label=f"learned, {name}", start_counts=counts)
         return controller if average is None else controller.at_average(average)
 

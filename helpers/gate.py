@@ -162,6 +162,15 @@ def trace(result: Generated, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame
     )
 
 
+def check_signal(value: float, written: int) -> None:
+    """Raise `ValueError` where the signal of the token after `written` ones is NaN: its logits were no numbers."""
+    if math.isnan(value):
+        raise ValueError(
+            f"logits hold NaN or infinity after {written} written token(s), so that there is no entropy to gate by: "
+            "run the models in float32 or bfloat16, or look for the first layer whose output is not finite"
+        )
+
+
 def draws(gate: EntropyGate, prompt: list[int]) -> Callable[[], float]:
     """The random signal: its draws depend on the gate's seed and on the prompt, not on what was written before."""
     return random.Random(f"{gate.seed} {zlib.crc32(str(prompt).encode())}").random
@@ -224,6 +233,7 @@ def gated_generate(
                 value = draw()
             else:
                 value = entropy_bits(logits) if gate.signal == "entropy" else float(uncertainty(logits, gate.signal))
+            check_signal(value, len(written))
             fired = gate.fires(value)
             result.signal.append(value)
             if fired:

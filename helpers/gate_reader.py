@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from helpers.generation import PolicyDriver
+from helpers.memory import explain_out_of_memory
 from helpers.models import encode
 
 SMALL, LARGE = "small", "large"
@@ -150,9 +151,10 @@ class Reader:
         ids = torch.tensor([new], device=self.device)
         every = self.driver is not None and bool(self.driver.wanted)
         settings = {cache_argument(type(self.model)): self.cache, "logits_to_keep": 0 if every else keep}
-        logits = self.model(input_ids=ids, **settings).logits
-        if self.driver is not None:
-            self.driver.observe(ids, logits)
+        with explain_out_of_memory(f"reading {len(new)} token(s) of a gated text", (self.model, self.cache)):
+            logits = self.model(input_ids=ids, **settings).logits
+            if self.driver is not None:
+                self.driver.observe(ids, logits)
         self.seen += len(new)
         return logits[0, -keep:] if every else logits[0]
 

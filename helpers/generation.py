@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from helpers.features import TokenCounts, TokenFeatures, confidence, entropy, surprisal
-from helpers.kv_cache import PackedKVCache
+from helpers.kv_cache import PackedKVCache, width_pair
+from helpers.memory import explain_out_of_memory
 from helpers.packed_store import Demotion
 from helpers.policies import Policy, Widths
 
@@ -114,6 +116,7 @@ class PolicyDriver(LogitsProcessor):
         `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
         """
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        _check_tokens(input_ids)
         if input_ids.shape[1] > 1:
             kwargs = {}
             if mask is not None and not bool(mask.all()):
@@ -122,8 +125,9 @@ class PolicyDriver(LogitsProcessor):
                     "position_ids": (mask[:, :-1].long().cumsum(-1) - 1).clamp(min=0),
                 }
                 self.cache.visible = mask[:, :-1].bool()
-            logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
-            self.observe(input_ids[:, :-1], logits)
+            with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
+                logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
+                self.observe(input_ids[:, :-1], logits)
         return inputs
 
     def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
@@ -150,6 +154,7 @@ class PolicyDriver(LogitsProcessor):
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:
             features = self._oldest(ready)
+            self._doubt_logits(features)
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
             if self.policy.needs_settled:
                 self.pending = self.pending.append(features)
@@ -158,6 +163,18 @@ class PolicyDriver(LogitsProcessor):
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
             self._settle_ready()
+
+    def _doubt_logits(self, features: TokenFeatures) -> None:
+        """Have the cache's next host read find out whether the logits behind `features` were numbers."""
+        known = features.confidence if features.entropy is None else features.entropy
+        if known is not None:
+            first = self.cache.committed
+            message = (
+                f"logits of tokens {first} to {first + known.shape[1] - 1} hold NaN or infinity: '{self.policy.name}' "
+                "has no entropy to choose by; run the model in float32 or bfloat16, or look for the first layer whose "
+                "output is not finite"
+            )
+            self.cache.doubt(known.sum(), message, message)
 
     def _settle_ready(self) -> None:
         """Move on the pending blocks that are old enough."""
@@ -198,12 +215,14 @@ class PolicyDriver(LogitsProcessor):
         """Widths of the oldest `tokens` tokens of the tail."""
         rows = self.token_ids.shape[0]
         widths = self.policy.widths(features, rows, tokens)
+        if isinstance(widths, np.ndarray):
+            widths = torch.from_numpy(widths)
         if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
             raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
-        if isinstance(widths, torch.Tensor):
-            record = widths
-        else:
-            record = torch.full((rows, tokens), widths if isinstance(widths, int) else sum(widths) / 2)
+        record = widths
+        if not isinstance(widths, torch.Tensor):
+            keys, values = width_pair(widths)
+            record = torch.full((rows, tokens), keys if keys == values else (keys + values) / 2)
         self.chosen.append(record)
         return widths
 
@@ -257,13 +276,19 @@ def score_blocks(
     the next one, so that a caller who looks at the cache sees it as the block's last token did. `block` should be
     the cache's own, or tokens would be seen in full precision that decoding sees quantized.
     """
+    _check_tokens(input_ids)
     for start in range(0, input_ids.shape[1], block):
         ids = input_ids[:, start : start + block]
-        with torch.no_grad():
+        with torch.no_grad(), explain_out_of_memory(f"reading tokens from {start} on", (model, cache)):
             logits = model(input_ids=ids, past_key_values=cache).logits
         yield slice(start, start + ids.shape[1]), logits
         if driver is not None:
             driver.observe(ids, logits)
+
+
+def _check_tokens(input_ids: torch.Tensor) -> None:
+    if not input_ids.numel():
+        raise ValueError("input_ids holds no token: there is nothing to read")
 
 
 @dataclass
@@ -291,12 +316,39 @@ def decode(
 
     With `forced`, `input_ids` `[B, tokens]` is a whole text that is read token by token, every step predicting the
     next token; else it is a prompt, read in one forward, after which `max_new_tokens` are written, greedily or
-    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished.
+    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished. Raises
+    `ValueError` for what is to be written beyond the model's context.
     """
     if forced == bool(max_new_tokens):
         raise ValueError("decode either reads a text (forced=True) or writes max_new_tokens > 0, not both")
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids holds no token")
+    _check_tokens(input_ids)
+    if not forced:
+        check_context(model, input_ids.shape[1], max_new_tokens)
+    with explain_out_of_memory("reading a text" if forced else "writing", (model, cache)):
+        return _decode(model, input_ids, cache, driver, max_new_tokens, forced, temperature, seed)
+
+
+def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0) -> None:
+    """Raise `ValueError` where a text and what is to be written do not fit into the context of `model`."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens + max_new_tokens > limit:
+        written = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        raise ValueError(
+            f"a text of {tokens} tokens{written} does not fit into the context of this {model.config.model_type} model "
+            f"({limit} tokens): cut it"
+        )
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    driver: PolicyDriver | None,
+    max_new_tokens: int,
+    forced: bool,
+    temperature: float,
+    seed: int,
+) -> DecodeResult:
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     latencies, hits, collected = [], [], TokenFeatures()
     text, logits = input_ids, None

@@ -8,6 +8,7 @@ the cache does that by itself, without it somebody calls `commit`, as `generatio
 committed as pending can later be settled at another width. The cache knows nothing of how widths are chosen.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ class PackedLayer(CacheLayerMixin):
         elif self.keys.device != key_states.device:
             self.prefetch()
         self._check(key_states)
+        self._check(value_states, "values")
         if self.layer_idx == 0:
             self.cache.begin_forward()
         new, at = key_states.shape[2], self.tail_length
@@ -85,8 +87,8 @@ class PackedLayer(CacheLayerMixin):
             return states, states
         return self.cache.dense(states)
 
-    def _check(self, states: torch.Tensor) -> None:
-        held, given = self.keys, states
+    def _check(self, states: torch.Tensor, name: str = "keys") -> None:
+        held, given = getattr(self, name), states
         if held.shape[0] != given.shape[0]:
             raise ValueError(
                 f"the cache holds {held.shape[0]} sequence(s), the model sent {given.shape[0]}: reset it before "
@@ -96,6 +98,11 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(
                 f"the cache holds {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, the model sent "
                 f"{given.shape[1]} heads of {given.shape[3]} in {given.dtype}: use one cache per model"
+            )
+        if held.device != given.device:
+            raise ValueError(
+                f"the cache lies on {held.device}, the model sent states on {given.device}: reset the cache after "
+                "moving a model"
             )
 
     def _reserve(self, tokens: int) -> None:
@@ -223,12 +230,14 @@ class PackedKVCache(Cache):
         max_length: int | None = None,
     ):
         _refuse_unsupported(config)
-        if not 1 <= block < EMPTY:
+        if not isinstance(block, int) or not 1 <= block < EMPTY:
             raise ValueError(f"block must lie between 1 and {EMPTY - 1} tokens, got {block!r}")
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {QUANTIZERS}, got {quantizer!r}")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ValueError(f"max_length must be a number of tokens, 1 or more, got {max_length!r}")
         self.config = config.get_text_config(decoder=True)
-        self.bits = None if bits is None else _width_pair(bits)
+        self.bits = None if bits is None else width_pair(bits)
         self.block, self.quantizer, self.max_length = block, quantizer, max_length
         self.stores: list[PackedStore] = []
         self.store_of: dict[int, tuple[PackedStore, int]] = {}
@@ -238,12 +247,22 @@ class PackedKVCache(Cache):
         self.record_variance = False
         self.record_received = False
         self.attention_variance: torch.Tensor | None = None
+        self.doubts: list[tuple[torch.Tensor, str, str]] = []  # see `doubt`
         super().__init__(layers=[PackedLayer(self, i) for i in range(self.config.num_hidden_layers)])
 
     @property
     def reads_packed(self) -> bool:
         """Whether the model's attention takes `PackedStates` (see `attention.use_packed_attention`)."""
         return self.config._attn_implementation == PACKED_ATTENTION
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """See `PackedLayer.update`; raises `ValueError` for a layer that the cache's model does not have."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for a model of {len(self.layers)} layers and got states of layer {layer_idx + 1}: "
+                "use one cache per model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def states(self, layer_idx: int) -> PackedStates:
         store, layer = self.store_of.get(layer_idx, (None, 0))
@@ -261,6 +280,12 @@ class PackedKVCache(Cache):
 
     def begin_forward(self) -> None:
         """Called by the first layer before it takes new tokens: the moment to commit what is complete."""
+        uneven = {layer.tail_length for layer in self.layers}
+        if len(uneven) > 1:
+            raise ValueError(
+                f"layers of the cache hold between {min(uneven)} and {max(uneven)} tokens: a forward was interrupted, "
+                f"or the model has fewer than {len(self.layers)} layers; reset the cache and use one per model"
+            )
         if self.bits is not None and (ready := self.committable):
             self.commit(self.bits, ready)
 
@@ -289,10 +314,12 @@ class PackedKVCache(Cache):
 
         `bits` is one width, a pair (key bits, value bits), or an integer array `[B, tokens]` with the width of each
         token. `pending` tokens, which must share one width, can be settled later. Raises `ValueError` for widths
-        outside 2, 4, 8, 16 and for a number of tokens that is not a committable number of whole blocks.
+        outside 2, 4, 8, 16, for a number of tokens that is not a committable number of whole blocks, and for keys or
+        values that cannot be stored: NaN, infinity, or numbers too large for half precision (the cache is then of no
+        use until it is reset).
         """
-        if isinstance(bits, torch.Tensor):
-            bits = bits.cpu().numpy()  # the one host read of a block
+        if read := isinstance(bits, torch.Tensor):
+            bits = self._read(bits)
         if isinstance(bits, np.ndarray):
             rows = self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
             if bits.ndim != 2 or bits.shape[0] != rows:
@@ -308,7 +335,7 @@ class PackedKVCache(Cache):
             elif pending:
                 raise ValueError(f"pending tokens must share one width, got {used.tolist()}")
         if not isinstance(bits, np.ndarray):
-            bits = _width_pair(bits)
+            bits = width_pair(bits)
         ready = self.committable
         tokens = ready if tokens is None else tokens
         if not 0 <= tokens <= ready or tokens % self.block:
@@ -325,10 +352,44 @@ class PackedKVCache(Cache):
             received = None
             if pending and self.record_received:
                 received = torch.stack([self.layers[i].tail_received(tokens) for i in store.layers])
-            store.commit(keys, values, bits, self.committed, self.block, pending, received)
+            total = store.commit(keys, values, bits, self.committed, self.block, pending, received)
+            which = f"keys or values of tokens {self.committed} to {self.committed + tokens - 1}"
+            self.doubt(
+                total,
+                f"{which} hold NaN or infinity: look for the first layer whose output is not finite",
+                f"{which} are infinite or too large to be stored: centred and rotated they pass 65504, the end of "
+                "float16",
+            )
         for layer in self.layers:
             layer.drop_front(tokens)
         self.committed += tokens
+        if self.doubts and not read:
+            self._read()
+
+    def doubt(self, total: torch.Tensor, if_nan: str, if_infinite: str) -> None:
+        """Raise `ValueError` with one of the messages unless the number `total` is finite.
+
+        At once on the CPU. On other devices together with the next widths that are read from there, or at the end of
+        a commit that reads none: one host read a block, whatever there is to check.
+        """
+        self.doubts.append((total, if_nan, if_infinite))
+        if total.device.type == "cpu":
+            self._read()
+
+    def _read(self, bits: torch.Tensor | None = None) -> np.ndarray | None:
+        """The one host read of a block: the widths `bits`, and everything that is in doubt."""
+        doubts, self.doubts = self.doubts, []
+        if not doubts:
+            return bits.cpu().numpy()
+        device = doubts[0][0].device
+        parts = [total.detach().reshape(1).to(device, torch.float32) for total, *_ in doubts]
+        if bits is not None:
+            parts.append(bits.reshape(-1).to(device, torch.float32))
+        numbers = torch.cat(parts).cpu().numpy()
+        for total, (_, if_nan, if_infinite) in zip(numbers, doubts):
+            if not math.isfinite(total):
+                raise ValueError(if_nan if math.isnan(total) else if_infinite)
+        return None if bits is None else numbers[len(doubts) :].reshape(bits.shape)
 
     def tail_errors(self, tokens: int, bits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
         """How badly the oldest `tokens` tokens of the tail would be stored at `bits`: for keys and for values `[B, n]`.
@@ -365,8 +426,8 @@ class PackedKVCache(Cache):
         instead, the whole blocks may be settled once more. Raises `ValueError` where there are fewer pending blocks,
         or where `keep` is not within the block or lacks scores.
         """
-        stage = Stage(*_width_pair(source, "source"), pending=True)
-        goal = _width_pair(target, "target")
+        stage = Stage(*width_pair(source, "source"), pending=True)
+        goal = width_pair(target, "target")
         if not self.stores or blocks < 1 or blocks > self.pending_blocks(source):
             raise ValueError(
                 f"blocks must lie between 1 and the number of pending blocks at {source} bits "
@@ -388,12 +449,12 @@ class PackedKVCache(Cache):
 
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
-        bucket = self.stores[0].buckets.get(Stage(*_width_pair(bits), pending=True)) if self.stores else None
+        bucket = self.stores[0].buckets.get(Stage(*width_pair(bits), pending=True)) if self.stores else None
         return len(bucket.blocks) if bucket else 0
 
     def pending_tokens(self, bits: Widths, blocks: int) -> int:
         """Number of tokens in the oldest `blocks` blocks that wait at width `bits` (a crop may leave short ones)."""
-        bucket = self.stores[0].buckets[Stage(*_width_pair(bits), pending=True)]
+        bucket = self.stores[0].buckets[Stage(*width_pair(bits), pending=True)]
         return sum(slots for _, slots in bucket.blocks[:blocks])
 
     def _make_stores(self) -> None:
@@ -422,6 +483,7 @@ class PackedKVCache(Cache):
     def clear_stores(self) -> None:
         self.stores, self.store_of, self.committed = [], {}, 0
         self.visible = self.attention_variance = None
+        self.doubts = []
 
     def crop_all(self, tokens: int) -> None:
         length = max(0, self.get_seq_length() - tokens)
@@ -456,6 +518,7 @@ class PackedKVCache(Cache):
         for store in self.stores:
             yield from store.tensors()
         yield from (x for x in (self.visible, self.attention_variance) if x is not None)
+        yield from (total for total, *_ in self.doubts)
 
     def stored_bytes(self) -> int:
         """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
@@ -510,7 +573,8 @@ class PackedKVCache(Cache):
         return bits
 
 
-def _width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+def width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+    """Key bits and value bits of a width or a pair; raises `ValueError` for anything else."""
     pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
     if len(pair) != 2:
         raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")

@@ -123,8 +123,11 @@ def load_model(
     if device_map == "fit":
         device_map = None if fits(folder, device) else "auto"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device_map)
+        # Left out, `trust_remote_code` is a question to whoever sits at the keyboard.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, device_map=device_map, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model '{source}': no model in safetensors format with a tokenizer there ({error})"

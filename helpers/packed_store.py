@@ -276,11 +276,12 @@ class PackedStore:
         block: int,
         pending: bool,
         received: torch.Tensor | None = None,
-    ) -> None:
+    ) -> torch.Tensor:
         """Quantize `keys`, `values` `[L, B, H, n, D]`, the tokens at positions `first, first + 1, ...`.
 
         `widths` is one pair (key bits, value bits) for all tokens, or an array `[B, n]` of the width of each.
-        `received` `[L, B, H, n]` is the attention that pending tokens got while they were in the tail.
+        `received` `[L, B, H, n]` is the attention that pending tokens got while they were in the tail. Returns one
+        number: finite if everything that was stored is, see `_total`.
         """
         layers, rows, heads, n = keys.shape[:4]
         index = torch.arange(n, device=keys.device)
@@ -299,7 +300,8 @@ class PackedStore:
             bucket.append(content)
             if pending:
                 bucket.blocks += [(first + i, min(block, n - i)) for i in range(0, n, block)]
-            return
+            return self._total(content)
+        totals = []
         for bits in np.unique(widths):
             chosen = widths == bits
             counts = chosen.sum(-1)
@@ -315,6 +317,20 @@ class PackedStore:
                 "block_start": _take(block_start, slots),
             }
             self._bucket(Stage(int(bits), int(bits))).append(content, counts)
+            totals.append(self._total(content))
+        return sum(totals)
+
+    def _total(self, content: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sum of the magnitudes of all scales and zeros (at 16 bits: of the states), one float32.
+
+        Codes are always sound. A state that is NaN makes this NaN; one that is infinite or too large, infinite or NaN.
+        """
+        total = 0
+        for side in ("key", "value"):
+            held = content.get(f"{side}_scales")
+            held = content[f"{side}_codes"].view(self.full_dtype) if held is None else held
+            total = total + held.abs().sum(dtype=torch.float32)
+        return total
 
     def settle(
         self, source: Stage, target: tuple[int, int], blocks: int, keep: int, scores: Scores | None, pending: bool

@@ -111,7 +111,7 @@ class RandomBits(Policy):
     _draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self):
-        if len(self.shares) != 4 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if len(self.shares) != 4 or min(self.shares) < 0 or not abs(sum(self.shares) - 1) <= 1e-6:
             raise ValueError(f"shares must be four non-negative numbers that sum to 1, got {self.shares}")
 
     def for_text(self, text: int) -> "RandomBits":

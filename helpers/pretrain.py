@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,15 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.corpora import STORY_SEPARATOR, load_stories, read_stories, split_holdout
-from helpers.files import atomic_path, provenance, relative_to_root, write_json
+from helpers.files import (
+    atomic_files,
+    atomic_path,
+    provenance,
+    recover,
+    relative_to_root,
+    remove_folder,
+    write_json,
+)
 from helpers.processes import on_cpu
 
 
@@ -177,6 +184,7 @@ def _save_checkpoint(folder: Path, model, optimizers, step: int, fingerprint: di
 
 def _load_checkpoint(folder: Path, model, optimizers, fingerprint: dict) -> int:
     """Restore weights and optimizer state; return the step to go on with (0 without a checkpoint)."""
+    recover(folder)
     if not (folder / "state.json").is_file():
         return 0
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -269,8 +277,8 @@ def train(
             losses = []
         if accelerator.is_main_process and (done % checkpoint_every == 0 or done == last_step):
             bare = accelerator.unwrap_model(model)
+            _write_log(log_path, log)  # first: lines beyond the checkpoint are dropped when the run is taken up again
             _save_checkpoint(checkpoint, bare, [o.optimizer for o in optimizers], done, fingerprint)
-            _write_log(log_path, log)
     result = {}
     if last_step == settings.steps and accelerator.is_main_process:
         bare = accelerator.unwrap_model(model).eval()
@@ -284,11 +292,12 @@ def train(
             "holdout_bits_per_byte": round(bits_per_byte(bare, tokenizer, holdout_stories), 4),
             **provenance(processes=accelerator.num_processes),
         }
-        bare.to(torch.float16).save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        with atomic_files(out) as temporary:
+            bare.to(torch.float16).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         write_json(out / "training.json", result)
         write_card(out, result)
-        shutil.rmtree(checkpoint)
+        remove_folder(checkpoint)
     accelerator.wait_for_everyone()
     return result
 

@@ -6,15 +6,15 @@ cache and, where there is a policy, its driver.
 """
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
 from helpers.generation import PolicyDriver
 from helpers.kv_cache import PackedKVCache
+from helpers.memory import live_bytes as live_bytes
+from helpers.memory import stored_bytes as stored_bytes
 from helpers.policies import Policy, policy_for_text
 
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -90,37 +90,8 @@ def stock_stores() -> list[StockQuantized]:
     return [store for store in map(StockQuantized, BACKENDS) if store.installed]
 
 
-def stored_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache of any kind holds."""
-    if isinstance(cache, PackedKVCache):
-        return cache.stored_bytes()
-    tensors = {id(t): t for layer in cache.layers for value in vars(layer).values() for t in _tensors(value)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def live_bytes(cache: Cache) -> int:
-    """`stored_bytes` less spare capacity, which only the packed cache has."""
-    return cache.live_bytes() if isinstance(cache, PackedKVCache) else stored_bytes(cache)
-
-
 def code_bits(cache: Cache) -> float:
     """Average width of the stored codes, full-precision tokens counted at 16; NaN where the cache does not tell."""
     if isinstance(cache, PackedKVCache):
         return cache.code_bits()
     return 16.0 if isinstance(cache, DynamicCache) and not isinstance(cache, QuantizedCache) else float("nan")
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """The plain tensors inside tensors of special kinds, tuples, lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)

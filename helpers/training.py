@@ -86,15 +86,24 @@ def load_or_measure_costs(
     content = [model_fingerprint(model), table["token_id"].tolist(), table["kv_bits"].tolist(), HORIZON]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     about = path.with_suffix(".json")
-    if path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("key") == key:
-        costs = pd.read_csv(path)
-        bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
-        return costs.assign(optimal_bits=bits), price
-    costs, price = measure_costs(model, table, average)
-    with atomic_path(path) as temporary:
-        costs.to_csv(temporary, index=False, float_format="%.6g")
-    write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
-    return costs, price
+    if not path.is_file() or _key_in(about) != key:
+        costs, price = measure_costs(model, table, average)
+        about.unlink(missing_ok=True)  # or a run killed between the two files would leave new costs under an old key
+        with atomic_path(path) as temporary:
+            costs.to_csv(temporary, index=False, float_format="%.6g")
+        write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
+    # From the file in any case: its numbers are rounded, and a run that is taken up again must end as a whole one.
+    costs = pd.read_csv(path)
+    bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
+    return costs.assign(optimal_bits=bits), price
+
+
+def _key_in(about: Path) -> str | None:
+    """The key of the costs beside the file `about`; None where there is none, or no such file."""
+    try:
+        return json.loads(about.read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 @dataclass
