@@ -1,5 +1,6 @@
 """Every figure, drawn from plain tables. One colour per width throughout, from a colour-blind safe sequence."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,9 +49,15 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
     return path
 
 
+def wrapped(text: str, inches: float, size: float) -> str:
+    """`text` in lines of at most `inches`, for letters of `size` points (half as wide as high on average)."""
+    return "\n".join(textwrap.wrap(text, max(20, int(inches * 72 / (0.53 * size)))))
+
+
 def _frame(title: str, subtitle: str, size: tuple[float, float] = SIZE) -> tuple[Figure, plt.Axes]:
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
+    title, subtitle = wrapped(title, size[0] - 1.2, 11), wrapped(subtitle, size[0] - 1.2, 8.5)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + 11 * (1 + subtitle.count("\n")))
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="0.35", va="bottom")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -93,9 +100,11 @@ def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: 
     sns.violinplot(
         shown, x="latency", y="step", order=order, cut=0, inner=None, width=0.6, color="#cfe1ee", linewidth=0.8, ax=axes
     )
-    sns.stripplot(shown, x="latency", y="step", order=order, size=2, color="#31688e", alpha=0.5, ax=axes)
+    jitter = np.random.default_rng(0)  # seaborn's own would differ from run to run
     for place, step in enumerate(order):
-        median = shown.loc[shown["step"] == step, "latency"].median()
+        part = shown.loc[shown["step"] == step, "latency"]
+        axes.scatter(part, place + jitter.uniform(-0.1, 0.1, len(part)), s=4, color=BLUE, alpha=0.5, linewidth=0)
+        median = part.median()
         axes.plot([median, median], [place - 0.3, place + 0.3], color="black", linewidth=1.5)
         axes.annotate(f"median {median:.2f} ms", (limit, place - 0.2), fontsize=8, ha="right")
     outside = int((table["latency"] > limit).sum())

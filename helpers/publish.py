@@ -39,9 +39,9 @@ PROBE = "from helpers.publish import peak_memory_bytes\nprint(peak_memory_bytes(
 # What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
 FAST_PARAMETERS: dict[str, dict[str, object]] = {
     "01_data_collection": {"MAX_TOKENS": 44},
-    "02_controller_training": {"TEXTS": 3, "FOLDS": 2, "ROWS": 2, "HIDDEN": (16,)},
-    "03_controller_integration": {"NEW_TOKENS": 70, "ROWS": 2, "ROUNDS": 1},
-    "04_baseline_comparison": {"ROWS": 2, "ITEMS": 4, "ROUNDS": 1, "LENGTHS": (128, 256)},
+    "02_controller_training": {"TEXTS": 5, "FISHER_TEXTS": 1, "FOLDS": 2, "ROWS": 4, "ROW_TOKENS": 192, "HIDDEN": (8,)},
+    "03_controller_integration": {"NEW_TOKENS": 40, "ROWS": 2, "ROUNDS": 1, "LENGTH": 320},
+    "04_baseline_comparison": {"ROWS": 1, "LENGTH": 128, "FIRST": 80, "ITEMS": 2, "ROUNDS": 1, "LENGTHS": (64, 128)},
     "05_gated_generation": {
         "PROMPTS": 4,
         "TUNING": 3,
@@ -49,7 +49,7 @@ FAST_PARAMETERS: dict[str, dict[str, object]] = {
         "TARGETS": (0.2, 0.5),
         "SWEEP": (0.2,),
         "SPEED_PROMPTS": 2,
-        "CACHE_PROMPTS": 2,
+        "CACHE_PROMPTS": 1,
     },
 }
 
@@ -191,7 +191,8 @@ def execute(notebook: NotebookNode, name: str, folder: Path, variables: dict[str
             None,
         )
         where = "" if number is None else f" at cell {number}"
-        raise RuntimeError(f"{name} stopped{where}:\n{error}") from error
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        raise RuntimeError(f"{name} stopped{where}:\n{message}") from error
     seconds = time.perf_counter() - started
     peak = int(notebook.cells.pop().outputs[0].text)
     return Run(round(seconds, 1), peak, cpu_name(), date.today().isoformat())
