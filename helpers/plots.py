@@ -323,7 +323,8 @@ def kl_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     colours = [GROUP_STYLES[group][0] for group in table["group"]]
     axes.barh(table["method"], table["kl"], xerr=errors, color=colours, height=0.65, error_kw={"linewidth": 1})
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if len(table):
+        axes.set_xscale("log")
     axes.set_xlabel("KL to full precision (nats per token)")
     axes.tick_params(axis="y", labelsize=8)
     return figure
