@@ -62,9 +62,9 @@ def run_line(stem: str) -> str:
     """The sentence on run time and memory in the opening of a notebook."""
     run = read_runs().get(stem)
     if run is None:
-        return "**Run time:** not measured yet"
+        return "not measured yet"
     memory = run["peak_bytes"] / 2**30
-    return f"**Run time:** {rounded_time(run['seconds'])}, peak memory {memory:.1f} GiB ({run['device']})"
+    return f"{rounded_time(run['seconds'])}, peak memory {memory:.1f} GiB ({run['device']})"
 
 
 def notebook_table() -> str:

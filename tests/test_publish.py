@@ -105,7 +105,7 @@ def test_a_full_run_notes_what_it_took(tmp_path, monkeypatch):
     monkeypatch.delenv("PRESET", raising=False)
     monkeypatch.setattr(publish, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(readme, "RUNS", tmp_path / "runs.json")
-    opening = nbformat.v4.new_markdown_cell("# X\n\n<!-- run -->**Run time:** ?<!-- /run -->")
+    opening = nbformat.v4.new_markdown_cell("# X\n\n**Run time:** <!-- run -->?<!-- /run -->")
     notebook = nbformat.v4.new_notebook(cells=[opening, nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(notebook, tmp_path / "01_x.ipynb")
     run = publish.publish(tmp_path / "01_x.ipynb")
