@@ -104,6 +104,40 @@ def comparison_table(name: str, latency: bool = False) -> str:
     return markdown_table(header, rows)
 
 
+def headline_table() -> str:
+    """The main results, each with its interval and the command or notebook behind it."""
+    name = "baseline_comparison_stories3M"
+    table = pd.read_csv(DATA / f"{name}.csv").set_index("method")
+    pairs = pd.read_csv(DATA / f"{name}_pairs.csv").query("of == 'kl'").set_index(["method", "against"])
+    start, compare = "8-4-2 @2,5, best 25% by ", "`main.py compare`"
+    learned, static = f"{start}learned score", table.loc["static 4-bit"]
+    bytes_share = table.loc[learned, "live_bytes"] / static["live_bytes"]
+    kl_share = table.loc[learned, "kl"] / static["kl"]
+
+    def paired(method: str, other: str) -> str:
+        row = pairs.loc[(method, other)]
+        return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+    usage = pd.read_csv(DATA / "gate_usage.csv").set_index("gate").loc["tracking 20%"]
+    speed = pd.read_csv(DATA / "gate_speed.csv").set_index("of")
+    gains = pd.read_csv(DATA / "gate_gains.csv").query("of == 'fidelity'").set_index("signal")
+    rows = [
+        ["learned at settle: bytes and KL over static 4-bit's", f"{bytes_share:.2f} and {kl_share:.2f}", compare],
+        ["its KL minus that of a random choice on the same schedule", paired(learned, f"{start}random"), compare],
+        ["... of attention x error, the best hand-made one", paired(learned, f"{start}attention x error"), compare],
+        [f"its next-token accuracy at {table.loc[learned, 'code_bits']:.1f} code bits, points from full precision",
+         interval(table.loc[learned], "accuracy_change", 2, 100, sign=True), compare],
+        ["the entropy rule's KL minus that of its own widths at random",
+         paired("rule-based dynamic", "random as rule-based dynamic"), compare],
+        ["gate aimed at 20%: tokens of the large model (%)", interval(usage, "usage", 1), "notebook 05"],
+        ["its speed-up over the large model", interval(speed.loc["speedup vs large"], "value", 2), "notebook 05"],
+        ["... over assisted generation", interval(speed.loc["speedup vs assisted"], "value", 2), "notebook 05"],
+        ["its fidelity (entropy) minus a random gate's", interval(gains.loc["entropy"], "gain", 3, sign=True),
+         "notebook 05"],
+    ]  # fmt: skip
+    return markdown_table(["result", "value [95% interval]", "from"], rows)
+
+
 def quality_table(name: str) -> str:
     """What fixed widths cost, from `data/NAME.csv` (`python main.py quality`)."""
     rows = []
@@ -178,6 +212,7 @@ def pair_table() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "notebooks": notebook_table,
+    "headline": headline_table,
     "compare-stories3M": lambda: comparison_table("baseline_comparison_stories3M"),
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
     "quality-stories3M": lambda: quality_table("quality_stories3M"),
