@@ -205,6 +205,8 @@ def publish(path: Path) -> Run:
     cell and its error; the file is then untouched.
     """
     notebook = nbformat.read(path, as_version=4)
+    if path.parent == NOTEBOOKS:
+        _show_run(notebook, path.stem)  # a missing marker is found before an hour has gone
     run = execute(notebook, path.name, path.parent)
     if get_preset().name == DEFAULT_PRESET:
         tidy(notebook)

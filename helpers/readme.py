@@ -44,6 +44,10 @@ def interval(row: pd.Series, name: str, digits: int, scale: float = 1, sign: boo
     return f"{value} [{low}, {high}]"
 
 
+def _kl_digits(row: pd.Series) -> int:
+    return 5 if row["kl"] < 0.001 else 4
+
+
 def read_runs() -> dict[str, dict]:
     """What the last full run of each notebook took, by the notebook's name without ending (see `publish.Run`)."""
     return json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.is_file() else {}
@@ -98,7 +102,7 @@ def comparison_table(name: str, latency: bool = False) -> str:
         bits = "" if pd.isna(row["code_bits"]) else f"{row['code_bits']:.2f}"
         cells = [f"**{row['method']}**" if row["group"] == "learned at settle" else row["method"], bits]
         cells.append(f"{row['live_bytes'] / static:.2f}")
-        cells.append("0" if full else interval(row, "kl", 5))
+        cells.append("0" if full else interval(row, "kl", _kl_digits(row)))
         cells.append("" if full else interval(row, "accuracy_change", 2, 100, sign=True))
         rows.append([*cells, f"{row['latency_ratio']:.2f}"] if latency else cells)
     return markdown_table(header, rows)
@@ -144,7 +148,7 @@ def quality_table(name: str) -> str:
     for _, row in pd.read_csv(DATA / f"{name}.csv").iterrows():
         text = row["text"].split(",")[0].replace("held-out text", "text")
         numbers = [f"{row['code_bits']:.2f}", f"{row['bits_per_element']:.2f}"]
-        numbers += [interval(row, "kl", 5), interval(row, "accuracy_change", 2, 100, sign=True)]
+        numbers += [interval(row, "kl", _kl_digits(row)), interval(row, "accuracy_change", 2, 100, sign=True)]
         rows.append([text, row["store"], *numbers])
     header = ["text", "store", "code bits", "bits per number", "KL to full precision", "next-token accuracy, points"]
     return markdown_table(header, rows)

@@ -1,6 +1,7 @@
 """Publishing: what a run leaves behind, what a failing one does not, and the README's tables."""
 
 import json
+import re
 
 import nbformat
 import pandas as pd
@@ -224,3 +225,16 @@ def test_an_unchanged_result_keeps_its_date(tmp_path):
     assert json.loads(path.read_text())["date"] == "2025-01-01"
     write_json(path, {"value": (1, 3), "date": "2025-01-03"})
     assert json.loads(path.read_text())["date"] == "2025-01-03"
+
+
+def test_the_snippets_of_the_readme_run(monkeypatch, capsys):
+    """One after the other, as a reader would paste them; the hub's model is replaced by the embedded one."""
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"^```python\n(.*?)^```", readme.README.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(snippets) == 3
+    assert max(len(snippet.strip().splitlines()) for snippet in snippets) <= 15
+    names = {"texts": ["Once upon a time there was a cat."] * 3, "prompt": "Once upon a time"}
+    for snippet in snippets:
+        exec(snippet.replace("HuggingFaceTB/SmolLM-360M", "data/models/large"), names)
+    assert names["cache"].get_seq_length() > 10
+    assert len(names["result"].authors) > 0
