@@ -133,8 +133,9 @@ def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: 
 
 def model_fingerprint(model: PreTrainedModel) -> list:
     """What tells one model from another: its configuration, its dtype and the size of its weights."""
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name != "transformers_version"}
     weight = sum(p.double().abs().sum().item() for p in model.parameters())
-    return [json.dumps(model.config.to_diff_dict(), default=str), str(model.dtype), f"{weight:.6g}"]
+    return [json.dumps(config, default=str), str(model.dtype), f"{weight:.6g}"]
 
 
 def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:

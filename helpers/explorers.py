@@ -3,13 +3,16 @@
 `publish` removes what widgets draw, since GitHub cannot show it; each notebook shows the same as static figures first.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers import plots
+from helpers.files import atomic_path, require
 
 STATIC = "HELPERS_STATIC"  # set by `publish`: say that there is a widget instead of building it
 
@@ -22,6 +25,24 @@ def show(build: Callable[[], object]) -> None:
     from IPython.display import display
 
     display(build())
+
+
+def save_widths(path: str | Path, followed: pd.DataFrame, tokens: Sequence[str]) -> None:
+    """Keep a result of `comparison.follow_text` and the text of each token as JSON lines, for `load_widths`."""
+    lines = [{"texts": list(tokens)}]
+    for row in followed.to_dict("records"):
+        lines.append({**row, "bits": [round(float(bits), 2) for bits in row["bits"]]})
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            "\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n", encoding="utf-8"
+        )
+
+
+def load_widths(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
+    """What `save_widths` kept: the widths after every block, and the text of each token."""
+    with require(path, "03_controller_integration").open(encoding="utf-8") as file:
+        first, *rest = (json.loads(line) for line in file)
+    return pd.DataFrame(rest), first["texts"]
 
 
 def width_explorer(followed: pd.DataFrame, tokens: Sequence[str], shown: int = 96):
@@ -47,18 +68,26 @@ def widths_after(followed: pd.DataFrame, tokens: Sequence[str], method: str, rea
 
 
 def policy_explorer(table: pd.DataFrame):
-    """Slider of a byte budget (share of static 4-bit): the policies within it, best KL first."""
+    """A set of groups of policies and a slider of bytes (share of static 4-bit): those within both, best KL first."""
     import ipywidgets as widgets
 
+    groups = list(table["group"].unique())
+    chosen = widgets.SelectMultiple(options=groups, value=groups, rows=len(groups), description="policies")
     budget = widgets.FloatSlider(value=1.0, min=0.5, max=2.0, step=0.05, description="bytes")
-    return _explorer(lambda: within_budget(table, budget.value), [budget])
+    return _explorer(lambda: within_budget(table, budget.value, chosen.value), [chosen, budget])
 
 
-def within_budget(table: pd.DataFrame, budget: float) -> Figure:
-    """What `policy_explorer` draws: KL of the methods whose live bytes are at most `budget` times static 4-bit's."""
+def within_budget(table: pd.DataFrame, budget: float, groups: Sequence[str] | None = None) -> Figure:
+    """What `policy_explorer` draws: KL of the methods of `groups` (all by default) that fit the budget.
+
+    The budget is a multiple of the live bytes of static 4-bit storage.
+    """
     static = table.set_index("method").loc["static 4-bit", "live_bytes"]
-    part = table[table["live_bytes"] <= budget * static].sort_values("kl")
-    return plots.kl_bars(part, f"At most {budget:.2f} of the bytes of static 4-bit", f"{len(part)} policies fit")
+    part = table[(table["live_bytes"] <= budget * static) & (table["kl"] > 0)].sort_values("kl")
+    if groups is not None:
+        part = part[part["group"].isin(groups)]
+    about = f"{len(part)} policies fit" if len(part) else "no policy of these fits: raise the budget or choose others"
+    return plots.kl_bars(part, f"At most {budget:.2f} of the bytes of static 4-bit", about)
 
 
 def gate_explorer(table: pd.DataFrame):

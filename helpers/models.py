@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.attention import use_packed_attention
-from helpers.files import ROOT
+from helpers.files import ROOT, results_root
 from helpers.hub import fetch_model
 
 
@@ -35,12 +35,12 @@ class Preset:
     @property
     def data_dir(self) -> Path:
         """Where results go: `data/` for the default preset, whose results are tracked, else `data/<preset>/`."""
-        return ROOT / "data" if self.name == DEFAULT_PRESET else ROOT / "data" / self.name
+        return results_root() / "data" / ("" if self.name == DEFAULT_PRESET else self.name)
 
     @property
     def figures_dir(self) -> Path:
         """Where figures go, by the same rule."""
-        return ROOT / "figures" if self.name == DEFAULT_PRESET else ROOT / "figures" / self.name
+        return results_root() / "figures" / ("" if self.name == DEFAULT_PRESET else self.name)
 
 
 DEFAULT_PRESET = "embedded"

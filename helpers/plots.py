@@ -1,5 +1,6 @@
 """Every figure, drawn from plain tables. One colour per width throughout, from a colour-blind safe sequence."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,6 @@ WIDTH_COLOURS = dict(zip(WIDTHS, ("#440154", "#31688e", "#35b779", "#fde725"), s
 WIDTH_INK = dict(zip(WIDTHS, ("white", "white", "black", "black"), strict=True))
 SIZE = (6.4, 3.6)
 BLUE, VERMILION = "#31688e", "#d55e00"
-CURVE_COLOURS = ("black", VERMILION, BLUE, "#cc79a7")
 # One colour and marker per kind of method, in every figure (Okabe and Ito's colours).
 GROUP_STYLES = {
     "full precision": ("black", "*"),
@@ -27,6 +27,13 @@ GROUP_STYLES = {
     "learned at commit": ("#cc79a7", "D"),
     "learned at settle": ("#d55e00", "P"),
     "stock": ("0.45", "X"),
+}
+# The seed's controller copies the rule and has its colour; a control by chance is grey.
+CONTROLLER_COLOURS = {
+    "seed": GROUP_STYLES["rule"][0],
+    "commit": GROUP_STYLES["learned at commit"][0],
+    "settle": GROUP_STYLES["learned at settle"][0],
+    "same widths at random": "0.45",
 }
 # One look per signal of the gate, and per author of a token.
 SIGNAL_STYLES = {
@@ -48,10 +55,28 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
     return path
 
 
+def wrapped(text: str, inches: float, size: float) -> str:
+    """`text` in lines of at most `inches`, for letters of `size` points (about half as wide as high)."""
+    return "\n".join(textwrap.wrap(text, max(20, int(inches * 72 / (0.53 * size)))))
+
+
+def _heading(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle at the left edge, wrapped to the figure's width; the figure grows by what they take."""
+    width, height = figure.get_size_inches()
+    title, subtitle = wrapped(title, width - 0.3, 11), wrapped(subtitle, width - 0.3, 8.5)
+    below_title = 0.08 + 0.2 * (1 + title.count("\n"))
+    heading = below_title + 0.15 * (1 + subtitle.count("\n")) + 0.1
+    height += heading - 0.35
+    figure.set_size_inches(width, height)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - heading / height))
+    look = {"va": "top", "linespacing": 1.15}
+    figure.text(0.1 / width, 1 - 0.08 / height, title, fontsize=11, fontweight="bold", **look)
+    figure.text(0.1 / width, 1 - below_title / height, subtitle, fontsize=8.5, color="0.35", **look)
+
+
 def _frame(title: str, subtitle: str, size: tuple[float, float] = SIZE) -> tuple[Figure, plt.Axes]:
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
-    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="0.35", va="bottom")
+    figure, axes = plt.subplots(figsize=size)
+    _heading(figure, title, subtitle)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -93,9 +118,11 @@ def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: 
     sns.violinplot(
         shown, x="latency", y="step", order=order, cut=0, inner=None, width=0.6, color="#cfe1ee", linewidth=0.8, ax=axes
     )
-    sns.stripplot(shown, x="latency", y="step", order=order, size=2, color="#31688e", alpha=0.5, ax=axes)
+    jitter = np.random.default_rng(0)  # seaborn's own would differ from run to run
     for place, step in enumerate(order):
-        median = shown.loc[shown["step"] == step, "latency"].median()
+        part = shown.loc[shown["step"] == step, "latency"]
+        axes.scatter(part, place + jitter.uniform(-0.1, 0.1, len(part)), s=4, color=BLUE, alpha=0.5, linewidth=0)
+        median = part.median()
         axes.plot([median, median], [place - 0.3, place + 0.3], color="black", linewidth=1.5)
         axes.annotate(f"median {median:.2f} ms", (limit, place - 0.2), fontsize=8, ha="right")
     outside = int((table["latency"] > limit).sum())
@@ -166,7 +193,9 @@ def _token_boxes(
 def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
     """Training loss (`loss` in nats per token over `tokens` seen) of each model."""
     figure, axes = _frame(title, subtitle)
-    for (name, log), colour, dash in zip(logs.items(), (BLUE, VERMILION), ("-", "--"), strict=False):
+    looks = {"small": (BLUE, "--"), "large": (VERMILION, "-")}
+    for name, log in logs.items():
+        colour, dash = looks.get(name, ("black", ":"))
         axes.plot(log["tokens"] / 1e6, log["loss"], dash, color=colour, label=name)
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("training loss (nats per token)")
@@ -177,24 +206,25 @@ def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) ->
 
 def learning_curves(histories: dict[str, object], title: str, subtitle: str) -> Figure:
     """Training and validation loss of several `controller.History`, one panel each; a dot marks the kept epoch."""
-    figure, panels = plt.subplots(1, len(histories), figsize=(2.7 * len(histories) + 0.6, 3.1), layout="constrained")
+    figure, panels = plt.subplots(1, len(histories), figsize=(max(2.7 * len(histories), 4.4) + 0.6, 3.1))
+    _heading(figure, title, subtitle)
     for axes, (name, history) in zip(np.atleast_1d(panels), histories.items(), strict=True):
-        axes.plot(history.train, color=BLUE, label="training")
-        axes.plot(history.validation, "--", color=VERMILION, label="held-out texts")
-        axes.plot(history.best, history.validation[history.best], "o", color=VERMILION, markersize=5)
+        colour = CONTROLLER_COLOURS.get(name, "black")
+        axes.plot(history.train, color=colour, linewidth=1.2, label="training")
+        axes.plot(history.validation, "--", color=colour, linewidth=1.2, label="held-out texts")
+        axes.plot(history.best, history.validation[history.best], "o", color=colour, markersize=5)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(panels)[0].set_ylabel("loss")
     np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8.5, color="0.35")
     return figure
 
 
 def confusion_matrices(pairs: dict[str, tuple[Sequence[int], Sequence[int]]], title: str, subtitle: str) -> Figure:
     """Counts and row shares of (label, predicted) widths, one panel a controller."""
-    figure, panels = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs) + 0.4, 3.9), layout="constrained")
+    figure, panels = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs) + 0.4, 3.7))
+    _heading(figure, title, subtitle)
     for axes, (name, (labels, predicted)) in zip(np.atleast_1d(panels), pairs.items(), strict=True):
         counts = np.array([[np.sum((labels == a) & (predicted == b)) for b in WIDTHS] for a in WIDTHS])
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -204,8 +234,6 @@ def confusion_matrices(pairs: dict[str, tuple[Sequence[int], Sequence[int]]], ti
         axes.set_title(name, fontsize=9.5, loc="left")
         axes.set_xlabel("predicted bits")
         axes.set_ylabel("label (bits)")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8.5, color="0.35")
     return figure
 
 
@@ -214,7 +242,7 @@ def importances(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     figure, axes = _frame(title, subtitle, (6.4, 0.32 * len(table) + 1.6))
     names = [f"{row.feature}  ({row.controller})" for row in table.itertuples()]
     errors = np.stack([table["drop"] - table["low"], table["high"] - table["drop"]])
-    colours = [BLUE if kind == table["controller"].iloc[0] else VERMILION for kind in table["controller"]]
+    colours = [CONTROLLER_COLOURS[kind] for kind in table["controller"]]
     axes.barh(names, table["drop"], color=colours, height=0.65, xerr=errors, error_kw={"linewidth": 1})
     axes.invert_yaxis()
     axes.axvline(0, color="0.3", linewidth=0.8)
@@ -226,7 +254,9 @@ def reliability(panels: dict[str, tuple[np.ndarray, np.ndarray]], title: str, su
     """Share that is right against the probability that the controller gave its choice; equal-count bins."""
     figure, axes = _frame(title, subtitle, (5.2, 4.2))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    for (name, (confidence, right)), colour, marker in zip(panels.items(), (BLUE, VERMILION), "os", strict=False):
+    for (name, (confidence, right)), colour, marker in zip(
+        panels.items(), map(CONTROLLER_COLOURS.get, panels), "os", strict=False
+    ):
         order = np.array_split(np.argsort(confidence), bins)
         points = [(confidence[i].mean(), right[i].mean(), 1.96 * right[i].std() / len(i) ** 0.5) for i in order]
         x, y, half = np.array(points).T
@@ -241,7 +271,8 @@ def rate_distortion(curves: dict[str, pd.DataFrame], points: dict[str, tuple[flo
                     subtitle: str) -> Figure:  # fmt: skip
     """Cost against average bits: `curves` with columns `bits` and `cost`, `points` (bits, cost) by name."""
     figure, axes = _frame(title, subtitle, (6.4, 4.2))
-    for (name, curve), colour, style in zip(curves.items(), CURVE_COLOURS, ("o-", "s--", "^-.", "D:"), strict=False):
+    for (name, curve), style in zip(curves.items(), ("o-", "s--", "^-.", "D:"), strict=False):
+        colour = next((c for kind, c in CONTROLLER_COLOURS.items() if name.startswith(kind)), "black")
         axes.plot(curve["bits"], curve["cost"], style, color=colour, markersize=4, linewidth=1.3, label=name)
     for name, (bits, cost) in points.items():
         axes.plot(bits, cost, "x", color="black", markersize=7)
@@ -262,20 +293,40 @@ def pareto(table: pd.DataFrame, x: str, y: str, labels: dict[str, str], title: s
         colour, marker = GROUP_STYLES.get(row["group"], ("black", "o"))
         error = [[max(row[y] - row[f"{y}_low"], 0)], [max(row[f"{y}_high"] - row[y], 0)]]
         axes.errorbar(row[x], row[y], error, fmt=marker, color=colour, markersize=6, linewidth=1)
-        axes.annotate(str(number), (row[x], row[y]), textcoords="offset points", xytext=(5, 4), fontsize=8)
         handle = plt.Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5)
         lines.append((handle, f"{number}  {row['method']}"))
     axes.set_yscale("log" if log else "linear")
+    if not log:
+        axes.axhline(0, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        lines.insert(0, (plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--"), "full precision"))
     axes.set_xlabel(labels[x])
     axes.set_ylabel(labels[y])
+    axes.margins(x=0.07, y=0.07)
     handles, names = zip(*lines, strict=True)
     axes.legend(handles, names, frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _number_points(axes, table[[x, y]].to_numpy(float))
     return figure
+
+
+def _number_points(axes: plt.Axes, points: np.ndarray) -> None:
+    """Number `points` `[n, 2]` from 1 on, each where neither a point nor another number is in the way."""
+    axes.figure.canvas.draw()
+    places = axes.transData.transform(points) * 72 / axes.figure.dpi
+    taken = [(x, y, 4.0) for x, y in places]
+    ring = [(r * np.cos(a), r * np.sin(a)) for r in (10, 16, 23, 31, 40) for a in np.arange(0.6, 2 * np.pi, 0.52)]
+    for number, (x, y) in enumerate(places):
+        free = (d for d in ring if all(np.hypot(x + d[0] - u, y + d[1] - v) > 5 + size for u, v, size in taken))
+        dx, dy = next(free, ring[0])
+        taken.append((x + dx, y + dy, 5.0))
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkB": 2} if np.hypot(dx, dy) > 12 else None
+        look = {"fontsize": 7.5, "ha": "center", "va": "center", "arrowprops": line}
+        axes.annotate(str(number + 1), points[number], xytext=(dx, dy), textcoords="offset points", **look)
 
 
 def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subtitle: str) -> Figure:
     """Live bytes and time per token against context length, one line a method; `styles`: method -> group."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.9), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.9))
+    _heading(figure, title, subtitle)
     dashes = ("-", "--", "-.", ":")
     for number, (name, part) in enumerate(table.groupby("method", sort=False)):
         colour, marker = GROUP_STYLES[styles[name]]
@@ -288,22 +339,26 @@ def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subt
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     left.set_yscale("log", base=2)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.text(0.01, 0.925, subtitle, fontsize=8.5, color="0.35")
+    left.yaxis.set_major_formatter("{x:g}")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(bottom=0 if axes is right else None)
+    left.legend(frameon=False, fontsize=7.5, loc="upper left")
     return figure
 
 
 def bytes_over_text(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     """`live_bytes` and `stored_bytes` of each `method` (with its `group`) against `tokens` read."""
-    figure, axes = _frame(title, subtitle)
-    for name, part in table.groupby("method", sort=False):
+    figure, axes = _frame(title, subtitle, (8.2, 3.6))
+    for number, (name, part) in enumerate(table.groupby("method", sort=False)):
         colour, _ = GROUP_STYLES[part["group"].iloc[0]]
-        axes.plot(part["tokens"], part["stored_bytes"] / 1024, color=colour, linewidth=1.4, label=name)
-        axes.plot(part["tokens"], part["live_bytes"] / 1024, ":", color=colour, linewidth=1.2)
+        look = {"color": colour, "marker": "osD^v*"[number % 6], "markersize": 4, "markevery": (2 + number, 6)}
+        axes.plot(part["tokens"], part["stored_bytes"] / 1024, linewidth=1.4, label=name, **look)
+        axes.plot(part["tokens"], part["live_bytes"] / 1024, ":", linewidth=1.2, **look)
+    axes.plot([], [], ":", color="0.3", label="dotted: without spare capacity")
     axes.set_xlabel("tokens read")
-    axes.set_ylabel("cache (KiB); dotted: without spare capacity")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("cache (KiB)")
+    axes.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -314,7 +369,8 @@ def kl_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     colours = [GROUP_STYLES[group][0] for group in table["group"]]
     axes.barh(table["method"], table["kl"], xerr=errors, color=colours, height=0.65, error_kw={"linewidth": 1})
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if len(table):
+        axes.set_xscale("log")
     axes.set_xlabel("KL to full precision (nats per token)")
     axes.tick_params(axis="y", labelsize=8)
     return figure
@@ -423,7 +479,8 @@ def speedup_against_usage(
 
 def gate_choice(table: pd.DataFrame, chosen: pd.Series, title: str, subtitle: str) -> Figure:
     """Fidelity and speed-up against usage of one signal's sweep, the row `chosen` ringed in both panels."""
-    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.6))
+    _heading(figure, title, subtitle)
     against_usage(table, "fidelity", None, "fidelity: ROUGE-L to the large model", "", "", panels[0])
     speedup_against_usage(table, {}, "", "", panels[1])
     for axes, y in zip(panels, ("fidelity", "speedup"), strict=True):
@@ -431,5 +488,4 @@ def gate_choice(table: pd.DataFrame, chosen: pd.Series, title: str, subtitle: st
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, 100)
         axes.get_legend().remove()
-    figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=10)
     return figure

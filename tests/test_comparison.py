@@ -151,12 +151,6 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
     assert "JupyterLab" in capsys.readouterr().out
 
 
-def test_budget_explorer(comparison):
-    slider, image = explorers.policy_explorer(comparison.table).children
-    before, slider.value = image.value, 1.8
-    assert image.value != before
-
-
 def test_stock_caches_where_installed(model_and_tokenizer):
     stores = stock_stores()
     if not stores:

@@ -1,10 +1,9 @@
-"""Files, figures, the command line, notebooks: what a user opens."""
+"""Files, figures, the command line: what a user opens."""
 
 import json
 import subprocess
 import sys
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,13 +12,11 @@ from conftest import random_ids, tiny_model
 from matplotlib import pyplot as plt
 
 import main
-from helpers import plots, publish
+from helpers import plots
 from helpers.collection import SEED_COLUMNS, collect, read_training_data
 from helpers.files import ROOT, atomic_path, environment_table, provenance, relative_to_root, write_json
 from helpers.models import PRESETS
 from helpers.policies import EntropyRule
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -115,56 +112,6 @@ def test_quality_from_the_command_line(tiny_folder, tmp_path, capsys, monkeypatc
 def test_mistakes_are_answered_in_one_line(capsys):
     assert run_main("collect", "--preset", "gpt5") == 1
     assert capsys.readouterr().err == "collect: preset must be one of embedded, smollm, llama, got 'gpt5'\n"
-
-
-def write_notebook(path, *sources):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), path)
-    return path
-
-
-def test_publishing_runs_and_tidies(tmp_path):
-    source = "import sys, os\nprint('a'); print('b')\nprint('noise', file=sys.stderr)\nos.environ['TQDM_DISABLE']"
-    path = write_notebook(tmp_path / "01_x.ipynb", source)
-    publish.publish(path)
-    first = path.read_bytes()
-    cell = nbformat.read(path, 4).cells[0]
-    assert [o.output_type for o in cell.outputs] == ["stream", "execute_result"]
-    assert cell.outputs[0].text == "a\nb\n"
-    assert (cell.execution_count, cell.id) == (1, "cell-00")
-    publish.publish(path)
-    assert path.read_bytes() == first
-
-
-def test_a_failing_cell_stops_publishing_and_leaves_the_file(tmp_path, capsys):
-    path = write_notebook(tmp_path / "01_x.ipynb", "print('fine')", "raise ValueError('broken here')")
-    before = path.read_bytes()
-    assert publish.main([str(path)]) == 1
-    assert "broken here" in capsys.readouterr().err
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_published_notebooks_are_whole(path):
-    notebook = nbformat.read(path, 4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert "widgets" not in notebook.metadata
-    text = path.read_text()
-    assert "widget-view" not in text
-    assert len(text) < 1_000_000
-    assert str(ROOT) not in text
-    assert notebook.cells[0].cell_type == "markdown"
-    assert [c for c in code if "parameters" in c.metadata.get("tags", [])]
-    for cell in code:
-        for name in [part.split('"')[0] for part in cell.source.split('figures_dir, "')[1:]]:
-            assert (ROOT / "figures" / f"{name}.png").is_file(), name
-
-
-def test_there_are_notebooks():
-    assert NOTEBOOKS
 
 
 def test_committed_training_data_is_sound():

@@ -1,0 +1,240 @@
+"""Publishing: what a run leaves behind, what a failing one does not, and the README's tables."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+
+from helpers import publish, readme
+from helpers.files import FAST, ROOT, read_result, require, write_json
+from helpers.models import get_preset
+
+
+def write_notebook(path, *sources, tags=()):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    if tags:
+        cells[0].metadata["tags"] = list(tags)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {}, "foreign": 1}), path)
+    return path
+
+
+NOISY = """import sys, os
+print('a'); print('b')
+print('noise', file=sys.stderr)
+os.environ['TQDM_DISABLE']"""
+FIGURE = """import numpy as np, pandas as pd, os
+from helpers import plots
+from helpers.files import provenance, write_json
+table = pd.DataFrame({"latency": np.arange(1.0, 60), "position": np.arange(59)})
+figure = plots.latency_distribution(table, 8, "title", "subtitle")
+plots.save_figure(figure, os.environ["OUT"], "01_x")
+write_json(os.environ["OUT"] + "/x.json", provenance(seed=0));"""
+WIDGET = "import ipywidgets\nipywidgets.IntSlider()"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A notebook published twice: its bytes, those of its figure and those of its JSON file, after each run."""
+    folder = tmp_path_factory.mktemp("published")
+    path = write_notebook(folder / "01_x.ipynb", NOISY, FIGURE, WIDGET, tags=["parameters"])
+    outcomes, runs = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OUT", str(folder / "out"))
+        patch.delenv("PRESET", raising=False)
+        for _ in range(2):
+            runs.append(publish.publish(path))
+            outcomes.append([file.read_bytes() for file in (path, folder / "out/01_x.png", folder / "out/x.json")])
+    return path, outcomes, runs
+
+
+def test_publishing_tidies(published):
+    path, _, _ = published
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    first, _, third = notebook.cells
+    assert [output.output_type for output in first.outputs] == ["stream", "execute_result"]
+    assert first.outputs[0].text == "a\nb\n"
+    assert (first.execution_count, first.id, first.metadata) == (1, "cell-00", {"tags": ["parameters"]})
+    assert third.outputs == []
+    assert len(notebook.cells) == 3
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert publish.faults(notebook) == []
+
+
+def test_two_runs_leave_the_same_bytes(published):
+    _, (first, second), _ = published
+    assert first == second
+
+
+def test_time_and_memory_are_measured(published):
+    for run in published[2]:
+        assert 0 < run.seconds < 120
+        assert 20e6 < run.peak_bytes < 20e9
+        assert run.device
+
+
+def test_a_failing_cell_is_shown_and_leaves_the_file(tmp_path, capsys):
+    path = write_notebook(tmp_path / "01_x.ipynb", "print('fine')", "raise ValueError('broken here')", "print('never')")
+    before = path.read_bytes()
+    assert publish.main([str(path)]) == 1
+    told = capsys.readouterr().err
+    assert "01_x.ipynb stopped at cell 1" in told
+    assert "raise ValueError('broken here')" in told
+    assert "\x1b" not in told
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["01_x.ipynb"]
+
+
+def test_a_dead_kernel_is_told_as_such(tmp_path):
+    path = write_notebook(tmp_path / "01_x.ipynb", "import os\nos._exit(1)")
+    with pytest.raises(RuntimeError, match=r"01_x\.ipynb stopped"):
+        publish.publish(path)
+
+
+def test_other_presets_leave_the_notebook(tmp_path, monkeypatch, capsys):
+    path = write_notebook(tmp_path / "01_x.ipynb", "1 + 1")
+    before = path.read_bytes()
+    monkeypatch.setenv("PRESET", "smollm")
+    assert publish.main([str(path)]) == 0
+    assert "notebook kept" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def test_a_full_run_notes_what_it_took(tmp_path, monkeypatch):
+    monkeypatch.delenv("PRESET", raising=False)
+    monkeypatch.setattr(publish, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(readme, "RUNS", tmp_path / "runs.json")
+    opening = nbformat.v4.new_markdown_cell("# X\n\n**Run time:** <!-- run -->?<!-- /run -->")
+    notebook = nbformat.v4.new_notebook(cells=[opening, nbformat.v4.new_code_cell("1 + 1")])
+    nbformat.write(notebook, tmp_path / "01_x.ipynb")
+    run = publish.publish(tmp_path / "01_x.ipynb")
+    assert json.loads((tmp_path / "runs.json").read_text())["01_x"]["peak_bytes"] == run.peak_bytes
+    assert readme.run_line("01_x") in nbformat.read(tmp_path / "01_x.ipynb", as_version=4).cells[0].source
+
+
+def test_a_fast_run_writes_elsewhere_and_is_marked(tmp_path, monkeypatch):
+    monkeypatch.setitem(publish.FAST_PARAMETERS, "01_x", {"COUNT": 2})
+    source = "from helpers.files import provenance\nfrom helpers.models import get_preset\n"
+    source += "print(COUNT, get_preset().data_dir, (get_preset().data_dir / 'gate_sweep.csv').is_file())\n"
+    path = write_notebook(tmp_path / "01_x.ipynb", "COUNT = 1000", source + "provenance()['fast']", tags=["parameters"])
+    before = path.read_bytes()
+    publish.publish_fast(path, tmp_path / "out")
+    assert path.read_bytes() == before
+    written = nbformat.read(tmp_path / "out/notebooks/01_x.ipynb", as_version=4)
+    assert written.cells[-1].outputs[0].text == f"2 {tmp_path / 'out' / 'data'} True\n"
+    assert written.cells[0].source == publish.FAST_MARK
+    assert "is a fast run, whose numbers are no results" in publish.faults(written)
+    assert publish.main(["--check", str(tmp_path / "out/notebooks/01_x.ipynb")]) == 1
+
+
+def test_results_of_fast_runs_go_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv(FAST, str(tmp_path))
+    assert get_preset("embedded").data_dir == tmp_path / "data"
+    assert get_preset("smollm").figures_dir == tmp_path / "figures" / "smollm"
+    monkeypatch.delenv(FAST)
+    assert get_preset("embedded").data_dir == ROOT / "data"
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        (nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[]), "ends in an error"),
+        (nbformat.v4.new_output("stream", name="stderr", text="x"), "writes to stderr"),
+        (
+            nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}}),
+            "widget or a script",
+        ),
+        (nbformat.v4.new_output("display_data", {"text/html": "<script>1</script>"}), "holds a script"),
+        (nbformat.v4.new_output("display_data", {"text/plain": "<X at 0x7f00aa11bb>"}), "an object's address"),
+        (nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"}), "shows an SVG"),
+        (nbformat.v4.new_output("stream", text="x" * 400_000), "a third of the notebook"),
+        (nbformat.v4.new_output("stream", text=f"{ROOT}/data"), "names a folder of this machine"),
+    ],
+)
+def test_faults_are_found(output, fault):
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
+    assert any(fault in found for found in publish.faults(nbformat.v4.new_notebook(cells=[cell])))
+
+
+def test_a_notebook_that_was_not_run_is_found():
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1", execution_count=2)], metadata={"widgets": {}}
+    )
+    found = publish.faults(notebook)
+    assert "was not executed once, from first to last cell" in found
+    assert "keeps the state of widgets" in found
+
+
+def test_the_committed_state_passes_the_check(capsys):
+    assert publish.main(["--check"]) == 0
+    assert "OK: 5 notebooks and the README" in capsys.readouterr().out
+
+
+def test_readme_tables_are_those_of_the_results():
+    assert readme.stale_blocks() == [], "run: python -m helpers.publish --readme"
+
+
+def test_every_table_stands_in_the_readme():
+    assert set(readme._names(readme.README.read_text())) == set(readme.BLOCKS)
+
+
+def test_readme_tables_are_written_between_markers(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results:pair -->\nold\n<!-- /results:pair -->\nafter\n")
+    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.delenv("PRESET", raising=False)
+    assert readme.stale_blocks() == ["pair"]
+    assert publish.main(["--readme"]) == 0
+    assert capsys.readouterr().out == "README.md: pair\n"
+    text = path.read_text()
+    assert text.startswith("before\n<!-- results:pair -->\n|  | large (3.05 M) |")
+    assert text.endswith("|\n<!-- /results:pair -->\nafter\n")
+    assert readme.stale_blocks() == []
+    assert publish.main(["--readme"]) == 0
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["<!-- results:pair -->\n", "<!-- results:nothing -->\n<!-- /results:nothing -->\n"])
+def test_broken_markers_are_told(text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.delenv("PRESET", raising=False)
+    assert publish.main(["--readme"]) == 1
+    assert "README.md" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_missing_and_short_results_name_their_notebook(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run notebooks/02_controller_training\.ipynb first"):
+        require(tmp_path / "settle.json", "02_controller_training")
+    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "t.csv", index=False)
+    assert len(read_result(tmp_path / "t.csv", "01_data_collection", ("a",))) == 1
+    with pytest.raises(ValueError, match=r"lacks column\(s\) b: run notebooks/01_data_collection"):
+        read_result(tmp_path / "t.csv", "01_data_collection", ("a", "b"))
+    with pytest.raises(ValueError, match=r"has 1 row\(s\), fewer than 9"):
+        read_result(tmp_path / "t.csv", "01_data_collection", ("a",), rows=9)
+
+
+def test_an_unchanged_result_keeps_its_date(tmp_path):
+    path = tmp_path / "r.json"
+    write_json(path, {"value": (1, 2), "date": "2025-01-01"})
+    write_json(path, {"value": (1, 2), "date": "2025-01-02"})
+    assert json.loads(path.read_text())["date"] == "2025-01-01"
+    write_json(path, {"value": (1, 3), "date": "2025-01-03"})
+    assert json.loads(path.read_text())["date"] == "2025-01-03"
+
+
+def test_the_snippets_of_the_readme_run(monkeypatch, capsys):
+    """One after the other, as a reader would paste them; the hub's model is replaced by the embedded one."""
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"^```python\n(.*?)^```", readme.README.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(snippets) == 3
+    assert max(len(snippet.strip().splitlines()) for snippet in snippets) <= 15
+    names = {"texts": ["Once upon a time there was a cat."] * 3, "prompt": "Once upon a time"}
+    for snippet in snippets:
+        exec(snippet.replace("HuggingFaceTB/SmolLM-360M", "data/models/large"), names)
+    assert names["cache"].get_seq_length() > 10
+    assert len(names["result"].authors) > 0
