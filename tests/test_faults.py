@@ -34,7 +34,8 @@ import main
 from helpers.collection import COLUMNS, collect, read_training_data
 from helpers.controller import LearnedController
 from helpers.files import ROOT, atomic_path, write_json
-from helpers.gate import EntropyGate, gated_generate, plain_generate
+from helpers.gate import EntropyGate, gated_generate
+from helpers.gate_baselines import plain_generate
 from helpers.generation import PolicyDriver, decode, score_blocks
 from helpers.kv_cache import PackedKVCache
 from helpers.policies import EntropyRule, FixedBits
