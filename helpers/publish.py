@@ -34,7 +34,7 @@ NOTEBOOKS = ROOT / "notebooks"
 FAST_FOLDER = ROOT / ".fast"
 MAX_BYTES = 1_000_000  # of a notebook; GitHub shows larger ones badly or not at all
 FAST_MARK = "**Fast run, for tests only: these numbers are no results.**"
-PROBE = "from helpers.publish import peak_memory_bytes\nprint(peak_memory_bytes())"
+PROBE = "from helpers.files import peak_memory_bytes\nprint(peak_memory_bytes())"
 
 # What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
 FAST_PARAMETERS: dict[str, dict[str, object]] = {
@@ -62,23 +62,6 @@ class Run:
     peak_bytes: int
     device: str
     date: str
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory that this process has had."""
-    try:  # Linux: ru_maxrss would count what the parent held when it started this process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:

@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
 from helpers import publish, readme
-from helpers.files import FAST, ROOT, read_result, require, write_json
+from helpers.files import FAST, ROOT, cpu_name, peak_memory_bytes, read_result, require, write_json
 from helpers.models import get_preset
 
 
@@ -238,3 +239,15 @@ def test_the_snippets_of_the_readme_run(monkeypatch, capsys):
         exec(snippet.replace("HuggingFaceTB/SmolLM-360M", "data/models/large"), names)
     assert names["cache"].get_seq_length() > 10
     assert len(names["result"].authors) > 0
+
+
+def test_peak_memory_and_processor_are_told_on_any_system(monkeypatch):
+    assert 20e6 < peak_memory_bytes() < 100e9
+    assert cpu_name()
+
+    def unreadable(*_, **__):
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert 20e6 < peak_memory_bytes() < 100e9
+    assert cpu_name()

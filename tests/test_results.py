@@ -4,19 +4,14 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from matplotlib import pyplot as plt
 
 import main
-from helpers import plots
-from helpers.collection import SEED_COLUMNS, collect, read_training_data
+from helpers.collection import read_training_data
 from helpers.files import ROOT, atomic_path, environment_table, provenance, relative_to_root, write_json
 from helpers.models import PRESETS
-from helpers.policies import EntropyRule
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -48,29 +43,6 @@ def test_paths_in_results_do_not_name_this_machine(tmp_path):
     assert relative_to_root("HuggingFaceTB/SmolLM-360M") == "HuggingFaceTB/SmolLM-360M"
     assert {"device", "torch", "date", "extra"} <= provenance(extra=1).keys()
     assert "date" not in environment_table(preset="embedded").index
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    model = tiny_model("llama")
-    texts = [random_ids(1, 30, seed=i)[0].tolist() for i in range(3)]
-    return collect(model, texts, tmp_path_factory.mktemp("c") / "t.csv", EntropyRule((3.9, 4.1, 4.25)), block=8)
-
-
-def test_every_figure_is_drawn_and_saved(table, tmp_path):
-    figures = {
-        "01_a": plots.entropy_against_rarity(table, "title", "subtitle"),
-        "01_b": plots.correlation_heat_map(table, SEED_COLUMNS, "title", "subtitle"),
-        "01_c": plots.latency_distribution(table, 8, "title", "subtitle"),
-        "01_d": plots.tokens_by_width(["Once", " upon", "\n", "$x$"] * 20, [2, 4, 8, 16] * 20, "title", "subtitle"),
-    }
-    for name, figure in figures.items():
-        path = plots.save_figure(figure, tmp_path, name)
-        pixels = plt.imread(path)
-        assert pixels.shape[1] <= 9 * 150
-        assert np.allclose(pixels[0, 0, :3], 1)  # white, not transparent
-        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
-        plt.close(figure)
 
 
 def run_main(*arguments: str) -> int:
