@@ -31,7 +31,7 @@ from test_pretrain import STORIES
 from transformers import DynamicCache
 
 import main
-from helpers.collection import COLUMNS, collect, read_training_data
+from helpers.collection import COLUMNS, collect, collect_text, read_training_data
 from helpers.controller import LearnedController
 from helpers.files import ROOT, atomic_path, write_json
 from helpers.gate import EntropyGate, gated_generate
@@ -404,7 +404,12 @@ def test_collecting_on_a_full_disk_goes_on_when_there_is_room(tiny_folder, tmp_p
     assert ".t.partial.csv" in told
     monkeypatch.setattr(pd.DataFrame, "to_csv", to_csv)
     read = []
-    monkeypatch.setattr("helpers.collection.tqdm", lambda texts, **_: read.extend(texts) or texts)
+
+    def watched(model, ids, rarities, text_id, *settings):
+        read.append(text_id)
+        return collect_text(model, ids, rarities, text_id, *settings)
+
+    monkeypatch.setattr("helpers.collection.collect_text", watched)
     assert main.main(command) == 0
     assert read == [2]
     assert len(read_training_data(out)["text_id"].unique()) == 3
