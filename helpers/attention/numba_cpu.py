@@ -40,6 +40,11 @@ def _compiled(function):
     return numba.njit(fastmath=MATH, cache=True, nogil=True, error_model="numpy")(function)
 
 
+def _ordered(function):
+    """As `_compiled`, with numbers taken to be comparable, or a search for the largest would not vectorize."""
+    return numba.njit(fastmath=MATH | {"nnan"}, cache=True, nogil=True, error_model="numpy")(function)
+
+
 @intrinsic
 def _address(typingctx, number):
     """An integer as a pointer."""
@@ -157,22 +162,58 @@ def _dots(keys, tokens, query, out):
 
 @_compiled
 def _add_weighted(values, tokens, weights, out):
-    """`out += sum of weights[t] * values[t]`, four tokens at a time."""
-    dim = out.shape[0]
-    t = 0
-    while t + 4 <= tokens:
-        a = weights[t]
-        b = weights[t + 1]
-        c = weights[t + 2]
-        d = weights[t + 3]
-        for j in range(dim):
-            out[j] += a * values[t, j] + b * values[t + 1, j] + c * values[t + 2, j] + d * values[t + 3, j]
-        t += 4
-    while t < tokens:
-        a = weights[t]
-        for j in range(dim):
-            out[j] += a * values[t, j]
-        t += 1
+    """`out[r] += sum of weights[r, t] * values[t]`: three rows at a time share each load, four tokens each store."""
+    rows, dim = out.shape
+    fours = tokens // 4
+    r = 0
+    while r + 3 <= rows:
+        x, y, z = out[r], out[r + 1], out[r + 2]
+        for u in range(fours):
+            t = 4 * u
+            x0, x1, x2, x3 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
+            y0, y1, y2, y3 = weights[r + 1, t], weights[r + 1, t + 1], weights[r + 1, t + 2], weights[r + 1, t + 3]
+            z0, z1, z2, z3 = weights[r + 2, t], weights[r + 2, t + 1], weights[r + 2, t + 2], weights[r + 2, t + 3]
+            for j in range(dim):
+                a, b, c, d = values[t, j], values[t + 1, j], values[t + 2, j], values[t + 3, j]
+                x[j] += x0 * a + x1 * b + x2 * c + x3 * d
+                y[j] += y0 * a + y1 * b + y2 * c + y3 * d
+                z[j] += z0 * a + z1 * b + z2 * c + z3 * d
+        for t in range(4 * fours, tokens):
+            for j in range(dim):
+                x[j] += weights[r, t] * values[t, j]
+                y[j] += weights[r + 1, t] * values[t, j]
+                z[j] += weights[r + 2, t] * values[t, j]
+        r += 3
+    while r < rows:
+        x = out[r]
+        for u in range(fours):
+            t = 4 * u
+            x0, x1, x2, x3 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
+            for j in range(dim):
+                x[j] += x0 * values[t, j] + x1 * values[t + 1, j] + x2 * values[t + 2, j] + x3 * values[t + 3, j]
+        for t in range(4 * fours, tokens):
+            x0 = weights[r, t]
+            for j in range(dim):
+                x[j] += x0 * values[t, j]
+        r += 1
+
+
+@_compiled
+def _hadamard(x):
+    """Multiply `x`, whose length is a power of two, by Sylvester's Hadamard matrix, in place: n log n additions."""
+    n = x.shape[0]
+    i = 0
+    while i + 4 <= n:
+        a, b, c, d = x[i] + x[i + 1], x[i] - x[i + 1], x[i + 2] + x[i + 3], x[i + 2] - x[i + 3]
+        x[i], x[i + 1], x[i + 2], x[i + 3] = a + c, b + d, a - c, b - d
+        i += 4
+    step = 4
+    while step < n:
+        for i in range(0, n, 2 * step):
+            for j in range(i, i + step):
+                a, b = x[j], x[j + step]
+                x[j], x[j + step] = a + b, a - b
+        step *= 2
 
 
 @intrinsic
@@ -200,6 +241,15 @@ def _exp(x):
     p = p * f + np.float32(1.0)
     power = _float(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
     return p * power if x > np.float32(-87.0) else np.float32(0.0)
+
+
+@_ordered
+def _highest(scores, tokens):
+    """The largest score; which one where some are not numbers is left open."""
+    highest = scores[0]
+    for t in range(1, tokens):
+        highest = scores[t] if scores[t] > highest else highest
+    return highest
 
 
 @_compiled
@@ -235,8 +285,8 @@ def _pieces(table, buckets, tail, piece):
     QUERY, QUERY_ROW, QUERY_HEAD, QUERY_TOKEN,
     TAIL_KEYS, TAIL_KEYS_ROW, TAIL_KEYS_HEAD, TAIL_VALUES, TAIL_VALUES_ROW, TAIL_VALUES_HEAD,
     KEY_ROTATION, VALUE_ROTATION, CENTRE, BIAS, BIAS_ROW, BIAS_QUERY, BIAS_TOKENS,
-    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, PARAMETERS,
-) = range(38)  # fmt: skip
+    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, HADAMARD, PARAMETERS,
+) = range(39)  # fmt: skip
 STATS = 4  # maximum, sum, sum of squares and number of visible tokens, before a partial result
 
 
@@ -302,11 +352,9 @@ def _attend(p, table, head, piece, pieces, scratch):
     scale = _floats(base + 4 * TILE * wide, TILE)
     zero = _floats(base + 4 * TILE * (wide + 1), TILE)
     visible = _floats(base + 4 * TILE * (wide + 2), TILE)
-    partial = carray(
-        _address(p[PARTIALS] + 4 * ((head * pieces + piece) * rows) * (STATS + value_dim)),
-        (rows, STATS + value_dim),
-        np.float32,
-    )
+    place = p[PARTIALS] + 4 * (head * pieces + piece) * rows * (STATS + value_dim)
+    weighted = carray(_address(place), (rows, value_dim), np.float32)
+    stats = carray(_address(place + 4 * rows * value_dim), (rows, STATS), np.float32)
     scaling = carray(_address(p[SCALING]), (1,), np.float32)[0]
     coded = key_bits < FULL_WIDTH
     turn = coded and p[KEY_ROTATION] != 0
@@ -325,8 +373,13 @@ def _attend(p, table, head, piece, pieces, scratch):
             rotation = carray(_address(p[KEY_ROTATION]), (dim, dim), np.float32)
             centre = _floats(p[CENTRE] + 4 * ((p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head) * dim, dim)
             for j in range(dim):
-                turned[r, j] = np.float32(0)
-            _add_weighted(rotation, dim, source, turned[r])
+                turned[r, j] = source[j] * rotation[j, 0] if p[HADAMARD] else np.float32(0)
+            if p[HADAMARD]:
+                _hadamard(turned[r])
+            else:
+                for i in range(dim):
+                    for j in range(dim):
+                        turned[r, j] += source[i] * rotation[i, j]
             total = np.float32(0)
             for j in range(dim):
                 total += turned[r, j]
@@ -339,8 +392,8 @@ def _attend(p, table, head, piece, pieces, scratch):
         totals[r, 4] = np.float32(0)  # of their squares
         totals[r, 5] = np.float32(0)  # visible tokens
         totals[r, 6] = np.float32(0)  # weighted zeros of the values
-        for j in range(STATS + value_dim):
-            partial[r, j] = np.float32(0)
+        for j in range(value_dim):
+            weighted[r, j] = np.float32(0)
 
     capacity = np.int64(0) if in_tail else table[bucket, CAPACITY]
     slot0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
@@ -408,19 +461,21 @@ def _attend(p, table, head, piece, pieces, scratch):
                 kept = _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + before + at), n)
                 for t in range(n):
                     kept[t] = scores[r, t]
-            highest = totals[r, 2]
-            for t in range(n):
-                highest = max(highest, scores[r, t])
-                if scores[r, t] > np.float32(-np.inf):
-                    totals[r, 5] += np.float32(1)
+            highest = max(totals[r, 2], _highest(scores[r], n))
+            seen = n
+            if hides or (in_tail and queries > 1):
+                seen = 0
+                for t in range(n):
+                    seen += scores[r, t] > np.float32(-np.inf)
+            totals[r, 5] += np.float32(seen)
             if highest == np.float32(-np.inf):
                 for t in range(n):
                     scores[r, t] = np.float32(0)
                 continue
             shrink = _exp(totals[r, 2] - highest)
             if shrink != np.float32(1):
-                for j in range(STATS, STATS + value_dim):
-                    partial[r, j] *= shrink
+                for j in range(value_dim):
+                    weighted[r, j] *= shrink
                 totals[r, 3] *= shrink
                 totals[r, 4] *= shrink * shrink
                 totals[r, 6] *= shrink
@@ -437,8 +492,7 @@ def _attend(p, table, head, piece, pieces, scratch):
                 (n, value_dim),
                 np.float32,
             )
-            for r in range(rows):
-                _add_weighted(source, n, scores[r], partial[r, STATS:])
+            _add_weighted(source, n, scores, weighted)
         else:
             size = value_dim * value_bits // 8
             codes = carray(_address(table[bucket, VALUE_CODES] + slot * size), (n * size,), np.uint8)
@@ -455,14 +509,13 @@ def _attend(p, table, head, piece, pieces, scratch):
                         shift += scores[r, t] * zero[t]
                         scores[r, t] *= scale[t]
                     totals[r, 6] += shift
-            for r in range(rows):
-                _add_weighted(values, n, scores[r], partial[r, STATS:])
+            _add_weighted(values, n, scores, weighted)
         at += n
     for r in range(rows):
-        for j in range(STATS, STATS + value_dim):
-            partial[r, j] += totals[r, 6]
+        for j in range(value_dim):
+            weighted[r, j] += totals[r, 6]
         for j in range(STATS):
-            partial[r, j] = totals[r, 2 + j]
+            stats[r, j] = totals[r, 2 + j]
 
 
 @_compiled
@@ -473,14 +526,15 @@ def _combine(p, table, head, pieces, scratch):
     row, kv_head = head // p[HEADS], head % p[HEADS]
     heads = p[HEADS] * groups
     width = STATS + value_dim
-    parts = carray(_address(p[PARTIALS] + 4 * head * pieces * rows * width), (pieces, rows, width), np.float32)
+    parts = carray(_address(p[PARTIALS] + 4 * head * pieces * rows * width), (pieces, rows * width), np.float32)
+    stats0 = rows * value_dim
     turned = _floats(scratch, value_dim)
     back = _floats(scratch + 4 * value_dim, value_dim)
     for r in range(rows):
         g, q = r // queries, r % queries
         highest = np.float32(-np.inf)
         for i in range(pieces):
-            highest = max(highest, parts[i, r, 0])
+            highest = max(highest, parts[i, stats0 + r * STATS])
         out = _floats(p[OUT] + 4 * ((row * queries + q) * heads + kv_head * groups + g) * value_dim, value_dim)
         for j in range(value_dim):
             out[j] = np.float32(0)
@@ -493,25 +547,31 @@ def _combine(p, table, head, pieces, scratch):
             tokens = p[TAIL] if b == p[BUCKETS] else table[b, SLOTS]
             rotated = b < p[BUCKETS] and table[b, VALUE_BITS] < FULL_WIDTH and p[VALUE_ROTATION] != 0
             for _ in range((tokens + p[PIECE_SIZE] - 1) // p[PIECE_SIZE]):
-                part = parts[piece, r]
+                part = parts[piece, r * value_dim : (r + 1) * value_dim]
+                stats = parts[piece, stats0 + r * STATS : stats0 + (r + 1) * STATS]
                 piece += 1
-                if part[0] == np.float32(-np.inf):
+                if stats[0] == np.float32(-np.inf):
                     continue
-                weight = _exp(part[0] - highest)
-                total += weight * part[1]
-                squares += weight * weight * part[2]
-                seen += part[3]
+                weight = _exp(stats[0] - highest)
+                total += weight * stats[1]
+                squares += weight * weight * stats[2]
+                seen += stats[3]
                 if rotated:
                     for j in range(value_dim):
-                        turned[j] += weight * part[STATS + j]
+                        turned[j] += weight * part[j]
                 else:
                     for j in range(value_dim):
-                        out[j] += weight * part[STATS + j]
+                        out[j] += weight * part[j]
         if p[VALUE_ROTATION]:
             rotation = carray(_address(p[VALUE_ROTATION]), (value_dim, value_dim), np.float32)
-            _dots(rotation, value_dim, turned, back)
-            for j in range(value_dim):
-                out[j] += back[j]
+            if p[HADAMARD]:
+                _hadamard(turned)
+                for j in range(value_dim):
+                    out[j] += turned[j] * rotation[j, 0]
+            else:
+                _dots(rotation, value_dim, turned, back)
+                for j in range(value_dim):
+                    out[j] += back[j]
         share = np.float32(1) / total if total > 0 else np.float32(0)
         for j in range(value_dim):
             out[j] *= share
@@ -633,6 +693,7 @@ def _plan(store: PackedStore) -> _Plan:
             parameters[KEY_ROTATION] = store.rotation["key"].data_ptr()
             parameters[VALUE_ROTATION] = store.rotation["value"].data_ptr()
             parameters[CENTRE] = store.centre.data_ptr()
+            parameters[HADAMARD] = int(all(d >= 4 and d & (d - 1) == 0 for d in (len(r) for r in store.rotation.values())))
         slots = table[:, SLOTS]
         pending = int(slots[table[:, RECEIVED] != 0].sum())
         parameters[PENDING] = pending
