@@ -647,15 +647,27 @@ def supports(
     query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, record_variance: bool = False
 ) -> bool:
     """Whether `packed_attention` here serves this call: few queries on a CPU, computed in float32."""
-    tail = states.tail_keys.shape[2]
+    shape, cache = query.shape, states.cache
     return (
-        query.device.type == "cpu"
-        and states.store.dtype == torch.float32
-        and query.shape[2] <= MAX_QUERIES
-        and query.shape[-1] == states.tail_keys.shape[-1]
+        shape[2] <= MAX_QUERIES
+        and states.store.dtype is torch.float32
+        and shape[3] == states.keys.shape[3]
         and (attention_mask is None or attention_mask.shape[1] == 1)
-        and not (states.cache.record_received and tail > states.cache.block)
+        and not (cache.record_received and states.tail > cache.block)
+        and query.device.type == "cpu"
     )
+
+
+@dataclass
+class _Call:
+    """What the calls of one step have in common: the parameters that all layers share, and the memory they point to."""
+
+    key: tuple
+    parameters: ctypes.Array
+    address: int
+    threads: int
+    counters: np.ndarray
+    held: tuple  # keeps alive what the parameters point to
 
 
 @dataclass
@@ -665,7 +677,8 @@ class _Plan:
     table: np.ndarray  # int64 [buckets, COLUMNS]
     parameters: list[int]
     pending: int  # slots whose received attention is recorded
-    tokens: int  # slots of all buckets
+    slots: list[int]  # of each bucket
+    call: _Call | None = None
 
 
 _FIELDS = (
@@ -674,31 +687,55 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def _plan(store: PackedStore) -> _Plan:
-    """The plan of a store, made anew after every change of its buckets."""
-    plan = store.derived.get("numba")
-    if plan is None:
-        buckets = [bucket for bucket in store.buckets.values() if bucket.slots]
-        table = np.zeros((len(buckets), COLUMNS), dtype=np.int64)
-        for row, bucket in zip(table, buckets, strict=True):
-            row[START], row[SLOTS], row[CAPACITY] = bucket.start, bucket.slots, bucket.capacity
-            row[KEY_BITS], row[VALUE_BITS], row[RAGGED] = bucket.stage.key_bits, bucket.stage.value_bits, bucket.ragged
-            for name, column in _FIELDS:
-                if name in bucket.fields:
-                    row[column] = bucket.fields[name].data_ptr()
-        parameters = [0] * PARAMETERS
-        parameters[TABLE], parameters[BUCKETS] = table.ctypes.data, len(buckets)
-        parameters[BFLOAT] = int(store.full_dtype == torch.bfloat16)
-        if store.rotation:
-            parameters[KEY_ROTATION] = store.rotation["key"].data_ptr()
-            parameters[VALUE_ROTATION] = store.rotation["value"].data_ptr()
-            parameters[CENTRE] = store.centre.data_ptr()
-            parameters[HADAMARD] = int(all(d >= 4 and d & (d - 1) == 0 for d in (len(r) for r in store.rotation.values())))
-        slots = table[:, SLOTS]
-        pending = int(slots[table[:, RECEIVED] != 0].sum())
-        parameters[PENDING] = pending
-        plan = store.derived["numba"] = _Plan(table, parameters, pending, int(slots.sum()))
-    return plan
+def _make_plan(store: PackedStore) -> _Plan:
+    buckets = [bucket for bucket in store.buckets.values() if bucket.slots]
+    table = np.zeros((len(buckets), COLUMNS), dtype=np.int64)
+    for row, bucket in zip(table, buckets, strict=True):
+        row[START], row[SLOTS], row[CAPACITY] = bucket.start, bucket.slots, bucket.capacity
+        row[KEY_BITS], row[VALUE_BITS], row[RAGGED] = bucket.stage.key_bits, bucket.stage.value_bits, bucket.ragged
+        for name, column in _FIELDS:
+            if name in bucket.fields:
+                row[column] = bucket.fields[name].data_ptr()
+    parameters = [0] * PARAMETERS
+    parameters[TABLE], parameters[BUCKETS] = table.ctypes.data, len(buckets)
+    parameters[BFLOAT] = int(store.full_dtype == torch.bfloat16)
+    if store.rotation:
+        parameters[KEY_ROTATION] = store.rotation["key"].data_ptr()
+        parameters[VALUE_ROTATION] = store.rotation["value"].data_ptr()
+        parameters[CENTRE] = store.centre.data_ptr()
+        dims = [len(matrix) for matrix in store.rotation.values()]
+        parameters[HADAMARD] = int(all(dim >= 4 and dim & (dim - 1) == 0 for dim in dims))
+    slots = table[:, SLOTS].tolist()
+    pending = int(table[table[:, RECEIVED] != 0, SLOTS].sum())
+    parameters[PENDING] = pending
+    return _Plan(table, parameters, pending, slots)
+
+
+def _make_call(plan: _Plan, key: tuple, kv_heads: int, dim: int, value_dim: int) -> _Call:
+    rows, heads, queries, tail, scaling, threads, _ = key
+    groups = heads // kv_heads
+    total = sum(plan.slots) + tail
+    if threads > 1 and (2 * total * rows * heads * queries * dim < SERIAL_WORK or _parallel() is None):
+        threads = 1
+    piece = -(-total // max(1, -(-TASKS_A_THREAD * threads // (rows * kv_heads))))
+    piece = max(PIECE, -(-piece // TILE) * TILE)
+    pieces = sum(-(-slots // piece) for slots in (*plan.slots, tail))
+    grouped = groups * queries
+    factor = ctypes.c_float(scaling)
+    p = plan.parameters.copy()
+    p[ROWS], p[HEADS], p[GROUPS], p[QUERIES] = rows, kv_heads, groups, queries
+    p[DIM], p[VALUE_DIM], p[TAIL], p[PIECE_SIZE] = dim, value_dim, tail, piece
+    p[SCALING] = ctypes.addressof(factor)
+    counters = _workspace("counters", 2 + rows * kv_heads, np.int64)
+    partials = _workspace("partials", rows * kv_heads * pieces * grouped * (STATS + value_dim), np.float32)
+    scratch = grouped * (2 * dim + value_dim + TILE + 8) + TILE * (max(dim, value_dim) + 8)
+    scratch = _workspace("scratch", scratch * threads, np.float32)
+    scores = _workspace("scores", rows * kv_heads * grouped * plan.pending, np.float32)
+    p[COUNTERS], p[PARTIALS] = counters.ctypes.data, partials.ctypes.data
+    p[SCRATCH], p[SCORES] = scratch.ctypes.data, scores.ctypes.data
+    parameters = (ctypes.c_int64 * PARAMETERS)(*p)
+    held = (factor, partials, scratch, scores)
+    return _Call(key, parameters, ctypes.addressof(parameters), threads, counters, held)
 
 
 _local = threading.local()
@@ -736,60 +773,45 @@ def packed_attention(
     record_variance: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference.packed_attention`, for calls that `supports` accepts."""
-    store = states.store
     rows, heads, queries, dim = query.shape
-    tail_keys, tail_values = states.tail_keys, states.tail_values
+    keys, values, tail = states.keys, states.values, states.tail
     dtype = query.dtype
-    if dtype != torch.float32:
-        query, tail_keys, tail_values = query.float(), tail_keys.float(), tail_values.float()
-    if query.stride(3) != 1:
+    if dtype is not torch.float32:
+        query, keys, values = query.float(), states.tail_keys.float(), states.tail_values.float()
+    query_strides = query.stride()
+    if query_strides[3] != 1:
         query = query.contiguous()
-    kv_heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
-    groups = heads // kv_heads
-    plan = _plan(store)
-    threads = torch.get_num_threads()
-    total = plan.tokens + tail
-    piece = -(-total // max(1, -(-TASKS_A_THREAD * threads // (rows * kv_heads))))
-    piece = max(PIECE, -(-piece // TILE) * TILE)
-    if threads > 1 and 2 * total * rows * heads * queries * dim < SERIAL_WORK:
-        threads = 1
-    pieces = -(-tail // piece) + sum(-(-slots // piece) for slots in plan.table[:, SLOTS].tolist())
-    grouped = groups * queries
+        query_strides = query.stride()
+    value_dim = values.shape[3]
+    derived = states.store.derived
+    plan = derived.get("numba")
+    if plan is None:
+        plan = derived["numba"] = _make_plan(states.store)
+    call, key = plan.call, (rows, heads, queries, tail, scaling, torch.get_num_threads(), threading.get_ident())
+    if call is None or call.key != key:
+        call = plan.call = _make_call(plan, key, keys.shape[1], dim, value_dim)
 
-    p = plan.parameters.copy()
-    p[LAYER], p[ROWS], p[HEADS], p[GROUPS], p[QUERIES] = states.layer, rows, kv_heads, groups, queries
-    p[DIM], p[VALUE_DIM], p[TAIL], p[PIECE_SIZE] = dim, value_dim, tail, piece
-    factor = ctypes.c_float(scaling)
-    p[SCALING] = ctypes.addressof(factor)
-    p[QUERY] = query.data_ptr()
-    p[QUERY_ROW], p[QUERY_HEAD], p[QUERY_TOKEN], _ = query.stride()
-    p[TAIL_KEYS], p[TAIL_VALUES] = tail_keys.data_ptr(), tail_values.data_ptr()
-    p[TAIL_KEYS_ROW], p[TAIL_KEYS_HEAD], _, _ = tail_keys.stride()
-    p[TAIL_VALUES_ROW], p[TAIL_VALUES_HEAD], _, _ = tail_values.stride()
+    p = call.parameters
+    output = torch.empty((rows, queries, heads, value_dim))
+    p[LAYER], p[QUERY], p[OUT] = states.layer, query.data_ptr(), output.data_ptr()
+    p[QUERY_ROW], p[QUERY_HEAD], p[QUERY_TOKEN], _ = query_strides
+    p[TAIL_KEYS], p[TAIL_VALUES] = keys.data_ptr(), values.data_ptr()
+    p[TAIL_KEYS_ROW], p[TAIL_KEYS_HEAD], _, _ = keys.stride()
+    p[TAIL_VALUES_ROW], p[TAIL_VALUES_HEAD], _, _ = values.stride()
+    p[BIAS] = p[VARIANCE] = 0
     if attention_mask is not None:
         bias = _bias(attention_mask)
         p[BIAS], p[BIAS_TOKENS] = bias.data_ptr(), bias.shape[-1]
         p[BIAS_ROW], p[BIAS_QUERY] = bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1)
-    output = query.new_empty(rows, queries, heads, value_dim)
-    p[OUT] = output.data_ptr()
     variance = None
     if record_variance:
         variance = query.new_empty(rows, heads, queries)
         p[VARIANCE] = variance.data_ptr()
-    counters = _workspace("counters", 2 + rows * kv_heads, np.int64)
-    counters.fill(0)
-    p[COUNTERS] = counters.ctypes.data
-    partials = rows * kv_heads * pieces * grouped * (STATS + value_dim)
-    p[PARTIALS] = _workspace("partials", partials, np.float32).ctypes.data
-    scratch = grouped * (2 * dim + value_dim + TILE + 8) + TILE * (max(dim, value_dim) + 8)
-    p[SCRATCH] = _workspace("scratch", scratch * threads, np.float32).ctypes.data
-    if plan.pending:
-        p[SCORES] = _workspace("scores", rows * kv_heads * grouped * plan.pending, np.float32).ctypes.data
-
-    parameters = (ctypes.c_int64 * PARAMETERS)(*p)
-    if threads > 1 and (parallel := _parallel()):
-        parallel(_entry(), ctypes.addressof(parameters), threads, 0)
+    call.counters.fill(0)
+    if call.threads > 1:
+        _parallel()(_entry(), call.address, call.threads, 0)
     else:
-        _serial()(ctypes.addressof(parameters))
-    output = output.transpose(1, 2)
-    return output.to(dtype), None if variance is None else variance.mean(1)
+        _serial()(call.address)
+    if dtype is not torch.float32:
+        output = output.to(dtype)
+    return output.transpose(1, 2), None if variance is None else variance.mean(1)
