@@ -237,7 +237,7 @@ class PackedStore:
         """
         weights = weights.to(self.dtype)
         mean = torch.einsum("lbhnd,bn->lbhd", keys.to(self.dtype), weights) / weights.sum(-1)[None, :, None, None]
-        self.centre = CENTRE_SHARE * mean
+        self.centre = (CENTRE_SHARE * mean).contiguous()  # einsum leaves any order of strides
 
     def encode(self, states: torch.Tensor, side: str, bits: int) -> dict[str, torch.Tensor]:
         """Codes (and scales) of `states` `[L, B, H, n, D]`; 16 bits is half precision as is."""
