@@ -26,7 +26,7 @@ QUANTIZERS = ("rotated", "minmax")
 Widths = int | tuple[int, int]
 
 
-@dataclass
+@dataclass(slots=True)
 class PackedStates:
     """What `update` hands to packed attention in place of keys and of values: one layer's tokens as stored."""
 
@@ -34,8 +34,19 @@ class PackedStates:
     store: PackedStore | None  # None while nothing is committed
     layer: int  # index of the layer inside `store`
     layer_idx: int  # index of the layer in the model
-    tail_keys: torch.Tensor  # [B, H, tail tokens, D]
-    tail_values: torch.Tensor
+    keys: torch.Tensor  # the tail's buffers [B, H, tail tokens or more, D]
+    values: torch.Tensor
+    tail: int  # tokens in the tail
+
+    @property
+    def tail_keys(self) -> torch.Tensor:
+        """`[B, H, tail tokens, D]`"""
+        return self.keys[:, :, : self.tail]
+
+    @property
+    def tail_values(self) -> torch.Tensor:
+        """`[B, H, tail tokens, D]`"""
+        return self.values[:, :, : self.tail]
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -73,22 +84,27 @@ class PackedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self.keys.device != key_states.device:
             self.prefetch()
-        self._check(key_states)
-        self._check(value_states, "values")
+        self._check(self.keys, key_states)
+        self._check(self.values, value_states)
+        cache = self.cache
         if self.layer_idx == 0:
-            self.cache.begin_forward()
-        new, at = key_states.shape[2], self.tail_length
-        self._reserve(at + new)
-        self.keys[:, :, at : at + new] = key_states
-        self.values[:, :, at : at + new] = value_states
-        self.tail_length = at + new
-        states = self.cache.states(self.layer_idx)
-        if self.cache.reads_packed:
+            cache.begin_forward()
+        at = self.tail_length
+        end = at + key_states.shape[2]
+        self._reserve(end)
+        self.keys[:, :, at:end] = key_states
+        self.values[:, :, at:end] = value_states
+        self.tail_length = end
+        states = cache.states(self.layer_idx)
+        if cache.hands_out_packed:
             return states, states
-        return self.cache.dense(states)
+        return cache.dense(states)
 
-    def _check(self, states: torch.Tensor, name: str = "keys") -> None:
-        held, given = getattr(self, name), states
+    def _check(self, held: torch.Tensor, given: torch.Tensor) -> None:
+        rows, heads, _, dim = held.shape
+        if given.shape == (rows, heads, given.shape[2], dim) and held.dtype is given.dtype:
+            if held.device == given.device:
+                return
         if held.shape[0] != given.shape[0]:
             raise ValueError(
                 f"the cache holds {held.shape[0]} sequence(s), the model sent {given.shape[0]}: reset it before "
@@ -248,6 +264,7 @@ class PackedKVCache(Cache):
         self.record_received = False
         self.attention_variance: torch.Tensor | None = None
         self.doubts: list[tuple[torch.Tensor, str, str]] = []  # see `doubt`
+        self.hands_out_packed = self.reads_packed
         super().__init__(layers=[PackedLayer(self, i) for i in range(self.config.num_hidden_layers)])
 
     @property
@@ -262,11 +279,14 @@ class PackedKVCache(Cache):
                 f"the cache was made for a model of {len(self.layers)} layers and got states of layer {layer_idx + 1}: "
                 "use one cache per model"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.offloading:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def states(self, layer_idx: int) -> PackedStates:
         store, layer = self.store_of.get(layer_idx, (None, 0))
-        return PackedStates(self, store, layer, layer_idx, *self.layers[layer_idx].tail())
+        held = self.layers[layer_idx]
+        return PackedStates(self, store, layer, layer_idx, held.keys, held.values, held.tail_length)
 
     def dense(self, states: PackedStates) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer in text order, dequantized, `[B, H, tokens, D]` each, in the model's dtype."""
@@ -286,6 +306,7 @@ class PackedKVCache(Cache):
                 f"layers of the cache hold between {min(uneven)} and {max(uneven)} tokens: a forward was interrupted, "
                 f"or the model has fewer than {len(self.layers)} layers; reset the cache and use one per model"
             )
+        self.hands_out_packed = self.reads_packed  # asked once a forward: reading a configuration is slow
         if self.bits is not None and (ready := self.committable):
             self.commit(self.bits, ready)
 

@@ -214,12 +214,21 @@ class PackedStore:
         self.dtype = torch.promote_types(key.dtype, torch.float32)
         self.full_dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
         self.buckets: dict[Stage, Bucket] = {}
+        self.derived: dict[str, object] = {}  # what readers of the buckets keep from call to call; see `changed`
         self.rotation: dict[str, torch.Tensor] = {}
         self.centre: torch.Tensor | None = None
         if quantizer == "rotated":
             dims = {"key": key.shape[-1], "value": value.shape[-1]}
             matrices = {dim: rotation_matrix(dim).to(key.device, self.dtype) for dim in dims.values()}
             self.rotation = {side: matrices[dim] for side, dim in dims.items()}
+
+    def changed(self) -> None:
+        """Forget what was derived from the buckets: called before each change of them."""
+        self.derived.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy's tensors lie elsewhere, so that it derives anew."""
+        return {**self.__dict__, "derived": {}}
 
     def set_centre(self, keys: torch.Tensor, weights: torch.Tensor) -> None:
         """Fix the centring vectors `[L, B, H, D]`, a share of the weighted mean of `keys` `[L, B, H, n, D]`.
@@ -228,7 +237,7 @@ class PackedStore:
         """
         weights = weights.to(self.dtype)
         mean = torch.einsum("lbhnd,bn->lbhd", keys.to(self.dtype), weights) / weights.sum(-1)[None, :, None, None]
-        self.centre = CENTRE_SHARE * mean
+        self.centre = (CENTRE_SHARE * mean).contiguous()  # einsum leaves any order of strides
 
     def encode(self, states: torch.Tensor, side: str, bits: int) -> dict[str, torch.Tensor]:
         """Codes (and scales) of `states` `[L, B, H, n, D]`; 16 bits is half precision as is."""
@@ -283,6 +292,7 @@ class PackedStore:
         `received` `[L, B, H, n]` is the attention that pending tokens got while they were in the tail. Returns one
         number: finite if everything that was stored is, see `_total`.
         """
+        self.changed()
         layers, rows, heads, n = keys.shape[:4]
         index = torch.arange(n, device=keys.device)
         token = (index % block).to(torch.uint8).expand(layers, rows, heads, n)
@@ -340,6 +350,7 @@ class PackedStore:
         With `keep`, each layer, row and head leaves the `keep` tokens of a block that score highest at the widths
         they have; all are then settled. `scores` is `[L, B, H, slots]` or a function from `Demotion` to that.
         """
+        self.changed()
         at = 0
         while blocks:
             content, taken = self.buckets[source].pop_blocks(blocks)
@@ -443,17 +454,20 @@ class PackedStore:
         return result[:, :, :length]
 
     def crop(self, length: int) -> None:
+        self.changed()
         for bucket in self.buckets.values():
             bucket.crop(length)
         self.buckets = {stage: bucket for stage, bucket in self.buckets.items() if bucket.slots}
 
     def map_rows(self, index: torch.Tensor) -> None:
+        self.changed()
         for bucket in self.buckets.values():
             bucket.map_rows(index)
         if self.centre is not None:
             self.centre = self.centre.index_select(1, index)
 
     def to(self, device: torch.device | str) -> None:
+        self.changed()
         self.device = torch.device(device)
         for bucket in self.buckets.values():
             bucket.fields = {name: value.to(device) for name, value in bucket.fields.items()}

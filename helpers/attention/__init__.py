@@ -4,6 +4,10 @@
 the library's scaled-dot-product attention.
 """
 
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -12,6 +16,8 @@ from transformers.masking_utils import sdpa_mask
 
 from helpers.attention.reference import attention_variance, packed_attention, prompt_received
 from helpers.kv_cache import PACKED_ATTENTION, PackedStates
+
+FAST = {"cpu": "numba_cpu", "cuda": "triton_cuda"}
 
 
 def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -59,10 +65,34 @@ def packed_attention_forward(
         if cache.record_received:
             prompt_received(query, states, attention_mask, scaling)
         return dense_attention(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
-    output, variance = packed_attention(query, states, attention_mask, scaling, record)
+    attend = choose(query, states, attention_mask, record)
+    output, variance = attend(query, states, attention_mask, scaling, record)
     if record:
         cache.attention_variance = variance
     return output.transpose(1, 2).contiguous(), None
+
+
+def choose(query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, record_variance: bool):
+    """The implementation of packed attention that serves a call: the device's fast one if it can, else `reference`."""
+    fast = implementation(query.device.type)
+    if fast is not None and fast.supports(query, states, attention_mask, record_variance):
+        return fast.packed_attention
+    return packed_attention
+
+
+@lru_cache
+def implementation(device_type: str) -> ModuleType | None:
+    """The module of the fast implementation for a kind of device; None, after a printed line, where it cannot run."""
+    name = FAST.get(device_type)
+    if name is None:
+        return None
+    try:
+        module = import_module(f"helpers.attention.{name}")
+        module.prepare()
+    except Exception as error:  # whatever is wrong with a compiler here, the reference works
+        print(f"packed attention: {name} cannot run here, plain PyTorch is used ({type(error).__name__}: {error})")
+        return None
+    return module
 
 
 def dense_attention(
