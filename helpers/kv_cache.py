@@ -102,9 +102,9 @@ class PackedLayer(CacheLayerMixin):
 
     def _check(self, held: torch.Tensor, given: torch.Tensor) -> None:
         rows, heads, _, dim = held.shape
-        if given.shape == (rows, heads, given.shape[2], dim) and held.dtype is given.dtype:
-            if held.device == given.device:
-                return
+        alike = given.shape == (rows, heads, given.shape[2], dim) and held.dtype is given.dtype
+        if alike and held.device == given.device:
+            return
         if held.shape[0] != given.shape[0]:
             raise ValueError(
                 f"the cache holds {held.shape[0]} sequence(s), the model sent {given.shape[0]}: reset it before "
