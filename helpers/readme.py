@@ -77,7 +77,8 @@ def replace_block(text: str, name: str, content: str, where: str, inline: bool =
     before, rest = text.split(start)
     _, after = rest.split(end)
     gap = "" if inline else "\n"
-    return f"{before}{start}{gap}{content}{gap}{end}{after}"
+    content = f"{content}{gap}" if content else ""
+    return f"{before}{start}{gap}{content}{end}{after}"
 
 
 def _names(text: str) -> list[str]:

@@ -261,8 +261,9 @@ def multiple_choice_table() -> str:
         rows.append(cells)
     header = ["method", "code bits", "accuracy, %", "minus full precision's, points", "accuracy per byte, %",
               "minus full precision's, points"]  # fmt: skip
-    items = f"{about['item_count']:,} items of {about['items']}, model {about['model']}; chance is 25%."
-    return f"{items} Differences are paired item by item.\n\n{markdown_table(header, rows)}"
+    about = f"{about['item_count']:,} items, model {about['model'].split('/')[-1]}; chance is 25%."
+    about += " Contexts are read and committed first, endings score in a second pass; differences are paired by item."
+    return f"### HellaSwag\n\n{about}\n\n{markdown_table(header, rows)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
