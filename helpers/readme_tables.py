@@ -259,11 +259,14 @@ def multiple_choice_table() -> str:
             cells.append(interval(row, name, 1, 100))
             cells.append("" if full else interval(row, f"{name}_change", 2, 100, sign=True))
         rows.append(cells)
-    header = ["method", "code bits", "accuracy, %", "minus full precision's, points", "accuracy per byte, %",
+    header = ["method", "code bits on stories", "accuracy, %", "minus full precision's, points", "accuracy per byte, %",
               "minus full precision's, points"]  # fmt: skip
-    about = f"{about['item_count']:,} items, model {about['model'].split('/')[-1]}; chance is 25%."
+    count = about["item_count"]
+    about = f"{count:,} items, model {about['model'].split('/')[-1]}; chance is 25%."
     about += " Contexts are read and committed first, endings score in a second pass; differences are paired by item."
-    return f"### HellaSwag\n\n{about}\n\n{markdown_table(header, rows)}"
+    command = "python main.py compare --model M --texts T --controllers CONTROLLERS --rounds 0 --max-rows 25 \\\n"
+    command += f"  --items HELLASWAG.jsonl --count {count} --name {MULTIPLE_CHOICE}"
+    return f"### HellaSwag\n\n{about}\n\n```bash\n{command}\n```\n\n{markdown_table(header, rows)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
