@@ -112,6 +112,7 @@ def compare(options: argparse.Namespace) -> None:
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
     name = "baseline_comparison" if not options.model else f"baseline_comparison_{Path(source).name}"
+    name = options.name or name
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(rows)}
     about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
     about |= {"processes": process_count()}
@@ -212,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--count", type=int, default=200, help="multiple-choice items, drawn at random; 0 for none")
     command.add_argument("--max-rows", type=int, default=200, help="rows of 512 tokens of the last tenth of the texts")
     command.add_argument("--rounds", type=int, default=3, help="rounds of timed decoding; 0 for none")
+    command.add_argument("--name", help="of the result files instead of baseline_comparison or ..._MODEL")
     command.add_argument("--batch", type=int, default=25, help="rows read at once: what several processes share out")
     command.set_defaults(run=compare)
 

@@ -40,7 +40,7 @@ Parts 3 and 4, measuring and comparing:
 * `shapes`: `SHAPES`, `shape_config`, `random_model`
 * `benchmark`: `Settings`, `run`
 * `benchmark_runs`: `Method`, `fill_cache`, `copy_bandwidth`
-* `benchmark_results`: `check_bars`, `save_benchmarks`, `load_benchmarks`
+* `benchmark_results`: `check_bars`, `save_benchmarks`, `load_benchmarks`, `ratio_table`
 * `benchmark_plots`: `benchmark_figure`
 
 Part 5, two models:
@@ -52,7 +52,7 @@ Part 5, two models:
 * `gate_evaluation`: `evaluate_gate`, `summarise_gates`, `speed_against_ideal`
 * `gate_sweep`: `sweep_gates`, `gains_over_random`
 * `gate_fidelity`: `FidelitySettings`, `measure_fidelity`
-* `gate_benchmark`: `GateBenchmark`
+* `gate_benchmark`: `GateBenchmark`, `time_parts`, `parts_against_ideal`
 * `gate_report`: `report`
 * `onednn_linear`: `use_onednn_linear`
 * `rouge`: `Rouge`
@@ -67,6 +67,7 @@ Showing and keeping results:
 * `plots`: `save_figure`
 * `explorers`: `width_explorer`, `policy_explorer`, `gate_explorer`
 * `files`: `atomic_path`, `write_json`, `read_result`, `provenance`, `environment_table`
+* `readme_tables`: `markdown_table`, `comparison_table`, `benchmark_table`
 * `readme`: `write_readme`, `stale_blocks`
 * `publish`: `publish`, `publish_fast`, `faults`
 """

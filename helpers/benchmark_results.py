@@ -28,6 +28,15 @@ QUANTITIES = {
     "bandwidth": "of the bandwidth of a copy",
 }
 
+# Methods in the table of ratios, and their titles there.
+RATIO_COLUMNS = {
+    "static 4-bit": "4-bit",
+    "learned 8-4-2": "8-4-2, learned",
+    "StaticCache": "StaticCache",
+    "stock quanto 4-bit": "quanto 4-bit",
+    "stock hqq 4-bit": "HQQ 4-bit",
+}
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -166,12 +175,48 @@ def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
     """
     parts = []
     for path in sorted(Path(folder).glob("*.json")):
-        for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        for run in json.loads(path.read_text(encoding="utf-8")).get("runs", ()):  # none in the gate's files
             part = pd.DataFrame(run["rows"]).reindex(columns=COLUMNS)
             parts.append(part.assign(**{name: run[name] for name in ("device", "threads", "date", "copy_gbs")}))
     if not parts:
         raise FileNotFoundError(f"no benchmark in {relative_to_root(folder)}: run python main.py bench first")
     return pd.concat(parts, ignore_index=True)
+
+
+def ratio_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One machine's measurements as text, a row a case: times over DynamicCache's with intervals, and shares of bytes.
+
+    `bytes` is of the 4-bit and the learned cache over DynamicCache's: what is in use, and in brackets what is held.
+    Cells of methods that a case lacks are empty.
+    """
+    measured = table[table["ms"].notna()].sort_values(["kind", "shape", "batch", "context"], kind="stable")
+    rows: dict[str, dict[str, str]] = {}
+    for (kind, shape, batch, context), case in measured.groupby(["kind", "shape", "batch", "context"], sort=False):
+        case = case.drop_duplicates("method", keep="last").set_index("method")
+        if "DynamicCache" not in case.index:
+            continue
+        base = case.loc["DynamicCache"]
+        row = {"DynamicCache, ms": f"{base['ms']:.3g}"}
+        for method, title in RATIO_COLUMNS.items():
+            known = method in case.index and not np.isnan(case.loc[method, "ratio"])
+            row[title] = "{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]".format(**case.loc[method]) if known else ""
+        shares = []
+        for method in ("static 4-bit", "learned 8-4-2"):
+            if method in case.index and base["live_bytes"] > 0 and case.loc[method, "live_bytes"] > 0:
+                live, stored = (case.loc[method, name] / base[name] for name in ("live_bytes", "stored_bytes"))
+                shares.append(f"{live:.2f} ({stored:.2f})")
+        row["bytes"] = ", ".join(shares)
+        rows[f"{kind}, {shape}, {context:,} tokens" + (f" x {batch}" if batch > 1 else "")] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what")
+
+
+def describe_machine(table: pd.DataFrame) -> str:
+    """Machine, threads, numbers, copy bandwidth and rounds of one machine's measurements in a line."""
+    rounds = sorted({len(times) for times in table["round_ms"] if isinstance(times, list) and times})
+    threads = " or ".join(str(number) for number in sorted(table["threads"].unique()))
+    parts = [f"{table['device'].iloc[0]}", f"{threads} thread{'' if threads == '1' else 's'}"]
+    parts += [" or ".join(sorted(table["dtype"].unique())), f"copies {table['copy_gbs'].median():.0f} GB/s"]
+    return ", ".join([*parts, f"medians of {' or '.join(map(str, rounds))} interleaved rounds"])
 
 
 def report(table: pd.DataFrame, bars: pd.DataFrame, copy_gbs: float) -> str:

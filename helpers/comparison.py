@@ -118,12 +118,25 @@ def compare(
         changes = [bootstrap_mean(part["accuracy"].to_numpy() - full["accuracy"].to_numpy()) for part in texts]
         for at, name in enumerate(("accuracy_change", "accuracy_change_low", "accuracy_change_high")):
             table[name] = [change[at] for change in changes]
+    _add_choice_changes(table, choices)
     if rounds and is_main_process():
         table = table.merge(time_decoding(model, sequences[0], stores, rounds, first), on="method")
     columns = ["method", "item", "acc", "acc_norm"]
     return Comparison(
         table, pd.concat(texts, ignore_index=True), pd.concat(choices)[columns] if choices else pd.DataFrame()
     )
+
+
+def _add_choice_changes(table: pd.DataFrame, choices: list[pd.DataFrame]) -> None:
+    """Paired differences to full precision on the same items, for the methods that chose endings."""
+    scores = {part["method"].iloc[0]: part for part in choices}
+    if FullPrecision.name not in scores:
+        return
+    for name in ("acc", "acc_norm"):
+        full = scores[FullPrecision.name][name].to_numpy()
+        changes = {method: bootstrap_mean(part[name].to_numpy() - full) for method, part in scores.items()}
+        for at, end in enumerate(("", "_low", "_high")):
+            table[f"{name}_change{end}"] = table["method"].map({method: each[at] for method, each in changes.items()})
 
 
 def _quality_row(measured: dict) -> dict[str, float]:

@@ -159,6 +159,33 @@ def time_parts(
     }
 
 
+def ideal_with_prompt(speed: dict[str, float], parts: dict[str, float]) -> float:
+    """The best speed-up of a gate whose large model must read each prompt whole, however little it then writes.
+
+    From `speed_against_ideal` and `time_parts`: 1 / (c + p + (1 - p) q), with q the share of the prompt in the large
+    model's time alone.
+    """
+    return 1 / (speed["cost_ratio"] + speed["usage"] + (1 - speed["usage"]) * parts["large_prompt_alone"])
+
+
+def parts_against_ideal(speed: dict[str, float], parts: dict[str, float]) -> pd.DataFrame:
+    """Where a gated token's time goes and where the ideal's would, in units of the large model's time per token.
+
+    Rows: the small model, the large model's prompts and later forwards, the rest, and their sum (1 / speed-up);
+    columns `gated` and `ideal`. Takes what `speed_against_ideal` and `time_parts` return.
+    """
+    prompt = speed["usage"] * parts["large_prompt_alone"]
+    rows = {
+        "small model": (parts["small"], speed["cost_ratio"]),
+        "large model, prompt": (parts["large_prompt"], prompt),
+        "large model, later": (parts["large_later"], speed["usage"] - prompt),
+        "loop, signal, choice": (parts["loop"], 0.0),
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["gated", "ideal"])
+    table.loc["sum"] = table.sum()
+    return table.rename_axis("part")
+
+
 def load_pair(settings: GateBenchmark) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Both models of a pair; random ones get the embedded tokenizer, whose tokens are a part of theirs."""
     device, dtype = choose_device()
@@ -191,8 +218,7 @@ def run(settings: GateBenchmark, pair: tuple | None = None) -> dict[str, object]
     speed = speed_against_ideal(table)
     speed["speedup_low"], speed["speedup_high"] = bootstrap_ratio(wide[LARGE], wide[GATED])[1:]
     parts = time_parts(small, large, tokenizer, prompts, gate, settings.new_tokens, settings.rounds)
-    # The large model must read a prompt whole, however little it then writes: the best that a gate could do.
-    with_prompt = 1 / (speed["cost_ratio"] + speed["usage"] + (1 - speed["usage"]) * parts["large_prompt_alone"])
+    with_prompt = ideal_with_prompt(speed, parts)
     weights = {name: sum(p.numel() for p in model.parameters()) for name, model in ((SMALL, small), (LARGE, large))}
     figures = speed | {"ideal_with_prompt": with_prompt, "share_with_prompt": speed["speedup"] / with_prompt}
     return {

@@ -49,6 +49,7 @@ FAST_PARAMETERS: dict[str, dict[str, object]] = {
         "TARGETS": (0.2, 0.5),
         "SWEEP": (0.2,),
         "SPEED_PROMPTS": 2,
+        "PARTS_PROMPTS": 1,
         "CACHE_PROMPTS": 1,
     },
 }

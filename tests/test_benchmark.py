@@ -20,8 +20,10 @@ from helpers.benchmark_results import (
     CUDA_BARS,
     Bar,
     check_bars,
+    describe_machine,
     device_slug,
     load_benchmarks,
+    ratio_table,
     report,
     save_benchmarks,
 )
@@ -304,6 +306,7 @@ def test_files_hold_everything_and_are_read_again(tmp_path):
     again = load_benchmarks(tmp_path)
     assert list(again.columns) == [*COLUMNS, "device", "threads", "date", "copy_gbs"]
     assert again["ms"].tolist() == [2.0, 1.0]
+    (tmp_path / "gate_embedded.json").write_text("{}")  # a file of another benchmark
     newer = pd.DataFrame([_row("static 4-bit", [4.0]), _row("static 4-bit", [5.0], context=512)])
     save_benchmarks(newer, 12.3, {}, "Intel(R) Xeon(R) CPU @ 2.80GHz", tmp_path)
     save_benchmarks(newer.assign(ms=6.0)[:1], 12.3, {}, "Intel(R) Xeon(R) CPU @ 2.80GHz", tmp_path)
@@ -312,6 +315,25 @@ def test_files_hold_everything_and_are_read_again(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run python main\.py bench first"):
         load_benchmarks(tmp_path / "none")
     assert device_slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_the_table_of_ratios_has_a_row_a_case():
+    about = {"live_bytes": 100.0, "stored_bytes": 100.0}
+    rows = [
+        _row("DynamicCache", [2.0], ratio=1.0, ratio_low=1.0, ratio_high=1.0, **about),
+        _row("static 4-bit", [1.0], ratio=0.5, ratio_low=0.4, ratio_high=0.6, live_bytes=15.0, stored_bytes=20.0),
+        _row("stock hqq 4-bit", [float("nan")], error="out of memory"),
+        _row("DynamicCache", [3.0], context=512, batch=8, ratio=1.0, **about),
+        _row("static 4-bit", [3.0], "prefill"),  # nothing to compare it with
+    ]
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS).assign(device="a machine", threads=1, copy_gbs=12.3)
+    ratios = ratio_table(table)
+    first, second = ratios.index
+    assert second.endswith("512 tokens x 8")
+    assert ratios.loc[first, "4-bit"] == "0.50 [0.40, 0.60]"
+    assert ratios.loc[first, "bytes"] == "0.15 (0.20)"
+    assert ratios.loc[first, "HQQ 4-bit"] == ratios.loc[second, "4-bit"] == ratios.loc[second, "bytes"] == ""
+    assert describe_machine(table).startswith("a machine, 1 thread, ")
 
 
 def test_the_figure_shows_one_machine(tmp_path):

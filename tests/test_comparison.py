@@ -56,6 +56,9 @@ def test_one_row_a_method_with_everything(comparison):
     assert (table.latency_low <= table.latency_ms).all()
     chosen = [name for name in table if name.startswith("acc_") or name == "acc"]
     assert not table.drop(columns=chosen).isna().any().any()
+    changes = table["acc_norm_change"].dropna()
+    assert changes.to_numpy() == pytest.approx((table["acc_norm"] - table["acc_norm"]["full precision"]).dropna())
+    assert (table["acc_change_low"].dropna() <= table["acc_change_high"].dropna()).all()
     assert table["acc"].isna().tolist() == [group == "schedule" for group in table.group]
 
 

@@ -15,7 +15,14 @@ from helpers.calibration import measure_usage
 from helpers.files import ROOT
 from helpers.gate import EntropyGate, gated_generate
 from helpers.gate_baselines import plain_generate
-from helpers.gate_benchmark import BlindGate, ForwardTimes, GateBenchmark, time_parts
+from helpers.gate_benchmark import (
+    BlindGate,
+    ForwardTimes,
+    GateBenchmark,
+    ideal_with_prompt,
+    parts_against_ideal,
+    time_parts,
+)
 from helpers.gate_evaluation import evaluate_gate
 from helpers.gate_fidelity import FidelitySettings, cut_stories, fidelity_gates, measure_fidelity, summarise_fidelity
 from helpers.gate_reader import LARGE, SMALL
@@ -143,6 +150,13 @@ def test_the_parts_of_a_gated_token_add_up(pair):
     assert all(parts[name] > 0 for name in ("small", "large_prompt", "large_later", "loop"))
     assert 0.5 < parts["large_prompt_alone"] + parts["large_step_alone"] < 1.1
     assert parts["catch_up"] > -1
+    speed = {"usage": 0.3, "cost_ratio": 0.25}
+    table = parts_against_ideal(speed, parts)
+    assert table["ideal"]["sum"] == pytest.approx(0.55)
+    assert table["gated"]["sum"] == pytest.approx(
+        sum(parts[n] for n in ("small", "large_prompt", "large_later", "loop"))
+    )
+    assert ideal_with_prompt(speed, parts) == pytest.approx(1 / (0.55 + 0.7 * parts["large_prompt_alone"]))
 
 
 def test_the_benchmark_from_the_command_line(pair, tmp_path, monkeypatch, capsys):

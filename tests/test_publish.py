@@ -8,7 +8,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import publish, readme
+from helpers import publish, readme, readme_tables
+from helpers.benchmark_results import save_benchmarks
 from helpers.files import FAST, ROOT, cpu_name, peak_memory_bytes, read_result, require, write_json
 from helpers.models import get_preset
 
@@ -195,6 +196,44 @@ def test_readme_tables_are_written_between_markers(tmp_path, monkeypatch, capsys
     assert readme.stale_blocks() == []
     assert publish.main(["--readme"]) == 0
     assert path.read_text() == text
+
+
+def test_tables_of_results_that_are_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme_tables, "DATA", tmp_path)
+    monkeypatch.setattr(readme_tables, "BENCHMARKS", tmp_path)
+    assert readme_tables.multiple_choice_table() == ""
+    assert "python main.py bench" in readme_tables.benchmark_table()
+    text = "a\n<!-- x -->\n<!-- /x -->\nb"
+    assert readme.replace_block(text, "x", "", "f") == text
+    scores = {"acc": 0.3, "acc_low": 0.2, "acc_high": 0.4, "acc_norm": 0.35, "acc_norm_low": 0.3, "acc_norm_high": 0.4}
+    full = {"method": "full precision", "code_bits": 16.0, **scores}
+    changes = {f"acc{norm}_change{end}": -0.012 for norm in ("", "_norm") for end in ("", "_low", "_high")}
+    ours = {**full, "method": "static 4-bit", "code_bits": 4.4, **changes}
+    schedule = {"method": "8-4-2 @3,6", "code_bits": 3.0}
+    path = tmp_path / f"{readme_tables.MULTIPLE_CHOICE}.csv"
+    pd.DataFrame([full, ours, schedule]).to_csv(path, index=False)
+    path.with_suffix(".json").write_text(json.dumps({"item_count": 1000, "model": "models/m"}))
+    table = readme_tables.multiple_choice_table()
+    assert "1,000 items, model m" in table
+    assert "| static 4-bit | 4.40 | 30.0 [20.0, 40.0] | -1.20 [-1.20, -1.20] | 35.0 [30.0, 40.0] |" in table
+    assert "8-4-2" not in table, "it did not choose"
+
+
+def test_the_benchmark_table_takes_machines_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme_tables, "BENCHMARKS", tmp_path)
+    row = {"kind": "decode", "shape": "SmolLM-135M", "context": 512, "batch": 1, "dtype": "float32", "error": ""}
+    times = {"DynamicCache": [4.0, 4.0], "static 4-bit": [2.0, 2.0], "learned 8-4-2": [3.0, 3.0]}
+    rows = []
+    for method, ms in times.items():
+        ratio = ms[0] / 4
+        numbers = {"ms": ms[0], "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio, "round_ms": ms}
+        rows.append({**row, "method": method, **numbers, "live_bytes": 100 * ms[0], "stored_bytes": 100 * ms[0]})
+    for device in ("A", "B"):
+        save_benchmarks(pd.DataFrame(rows), 30.0, {}, device, tmp_path)
+    text = readme_tables.benchmark_table()
+    assert text.count("| decode, SmolLM-135M, 512 tokens | 4 | 0.50 [0.50, 0.50] | 0.75 [0.75, 0.75] |") == 2
+    assert "quanto" not in text, "no column without a number"
+    assert "1 of 1 met on A:" in text
 
 
 @pytest.mark.parametrize("text", ["<!-- results:pair -->\n", "<!-- results:nothing -->\n<!-- /results:nothing -->\n"])
