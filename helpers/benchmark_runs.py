@@ -253,7 +253,7 @@ class DecodeRun:
 
     @torch.no_grad()
     def _read(self, ids: torch.Tensor) -> None:
-        logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, cache=self.cache, logits_to_keep=1).logits
         if self.driver is not None:
             self.driver.observe(ids, logits)
 

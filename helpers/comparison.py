@@ -180,7 +180,7 @@ def time_decoding(
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             with torch.no_grad():
-                logits = model(input_ids=ids[None, :prompt], past_key_values=cache).logits
+                logits = model(input_ids=ids[None, :prompt], cache=cache).logits
                 if driver is not None:
                     driver.observe(ids[None, :prompt], logits)
             result = decode(model, ids[None, prompt:], cache, driver, forced=True)
@@ -216,7 +216,7 @@ def against_length(
         for turn in range(2):  # the first is a warm-up
             for store in stores:
                 cache, driver = store.open(model)
-                logits = model(input_ids=ids[:, :length], past_key_values=cache).logits
+                logits = model(input_ids=ids[:, :length], cache=cache).logits
                 if driver is not None:
                     driver.observe(ids[:, :length], logits)
                 sizes = {"live_bytes": live_bytes(cache), "stored_bytes": stored_bytes(cache)}
@@ -240,13 +240,13 @@ def controller_share(
     forward, driving = [], []
     for turn in range(rounds + 1):
         cache, driver = store.open(model)
-        logits = model(input_ids=ids[None, :prompt], past_key_values=cache).logits
+        logits = model(input_ids=ids[None, :prompt], cache=cache).logits
         driver.observe(ids[None, :prompt], logits)
         spent = np.zeros((steps, 2))
         for step in range(steps):
             token = ids[None, prompt + step : prompt + step + 1]
             started = time.perf_counter()
-            logits = model(input_ids=token, past_key_values=cache).logits
+            logits = model(input_ids=token, cache=cache).logits
             synchronise(ids.device)
             read = time.perf_counter()
             driver.observe(token, logits)
@@ -276,7 +276,7 @@ def follow_text(model: PreTrainedModel, ids: torch.Tensor, stores: dict[str, lis
             cache, driver = store.open(model)
             for at in range(0, len(ids), store.block):
                 part = ids[None, at : at + store.block]
-                logits = model(input_ids=part, past_key_values=cache).logits
+                logits = model(input_ids=part, cache=cache).logits
                 if driver is not None:
                     driver.observe(part, logits)
                 packed = isinstance(cache, PackedKVCache)

@@ -3,8 +3,6 @@
 What all generation loops of the gate share; the loops are in `gate.py` and `gate_baselines.py`.
 """
 
-import functools
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -114,12 +112,6 @@ def end_tokens(*models: PreTrainedModel) -> set[int]:
     return ends
 
 
-@functools.cache
-def cache_argument(model_class: type[PreTrainedModel]) -> str:
-    """What `forward` of this class calls its cache: `cache`, or `past_key_values` before transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
-
-
 @dataclass
 class Reader:
     """A model, its cache and how far it has read: `read` catches up with a text."""
@@ -150,9 +142,8 @@ class Reader:
         new = written[self.seen - start :] if self.seen >= start else self.prompt[self.seen :] + written
         ids = torch.tensor([new], device=self.device)
         every = self.driver is not None and bool(self.driver.wanted)
-        settings = {cache_argument(type(self.model)): self.cache, "logits_to_keep": 0 if every else keep}
         with explain_out_of_memory(f"reading {len(new)} token(s) of a gated text", (self.model, self.cache)):
-            logits = self.model(input_ids=ids, **settings).logits
+            logits = self.model(input_ids=ids, cache=self.cache, logits_to_keep=0 if every else keep).logits
             if self.driver is not None:
                 self.driver.observe(ids, logits)
         self.seen += len(new)

@@ -30,7 +30,7 @@ class PolicyDriver(LogitsProcessor):
     that reads features needs the prompt run through `prefill` first:
 
         driver = PolicyDriver(model, cache, policy)
-        model.generate(**driver.prefill(inputs), past_key_values=cache, logits_processor=[driver])
+        model.generate(**driver.prefill(inputs), cache=cache, logits_processor=[driver])
 
     Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
     token counts from which rarity starts (by default those that the policy was trained with; each row goes on with a
@@ -126,7 +126,7 @@ class PolicyDriver(LogitsProcessor):
                 }
                 self.cache.visible = mask[:, :-1].bool()
             with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
-                logits = self.model(input_ids=input_ids[:, :-1], past_key_values=self.cache, **kwargs).logits
+                logits = self.model(input_ids=input_ids[:, :-1], cache=self.cache, **kwargs).logits
                 self.observe(input_ids[:, :-1], logits)
         return inputs
 
@@ -280,7 +280,7 @@ def score_blocks(
     for start in range(0, input_ids.shape[1], block):
         ids = input_ids[:, start : start + block]
         with torch.no_grad(), explain_out_of_memory(f"reading tokens from {start} on", (model, cache)):
-            logits = model(input_ids=ids, past_key_values=cache).logits
+            logits = model(input_ids=ids, cache=cache).logits
         yield slice(start, start + ids.shape[1]), logits
         if driver is not None:
             driver.observe(ids, logits)
@@ -353,7 +353,7 @@ def _decode(
     latencies, hits, collected = [], [], TokenFeatures()
     text, logits = input_ids, None
     if not forced:
-        logits = model(input_ids=input_ids, past_key_values=cache).logits
+        logits = model(input_ids=input_ids, cache=cache).logits
         if driver is not None:
             driver.observe(input_ids, logits)
         logits = logits[:, -1]
@@ -371,7 +371,7 @@ def _decode(
                 break
         synchronise(input_ids.device)
         started = time.perf_counter()
-        logits = model(input_ids=token, past_key_values=cache).logits
+        logits = model(input_ids=token, cache=cache).logits
         if driver is not None:
             driver.observe(token, logits)
         synchronise(input_ids.device)

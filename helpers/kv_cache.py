@@ -1,7 +1,7 @@
 """`PackedKVCache`: a `transformers.Cache` whose older tokens are really stored at 2, 4, 8 or 16 bits.
 
     cache = PackedKVCache(model.config, bits=4)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
 
 New tokens enter a full-precision tail. Once a block of them is complete it can be committed (quantized); with `bits`
 the cache does that by itself, without it somebody calls `commit`, as `generation.PolicyDriver` does. Tokens

@@ -34,10 +34,10 @@ def time_per_token(models: list, tokens: int = 64, rounds: int = 15) -> list[flo
         for model, into in zip(models, times, strict=True):
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
             cache = DynamicCache(config=model.config)
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, cache=cache)
             started = time.perf_counter()
             for _ in range(8):
-                model(input_ids=ids[:, :1], past_key_values=cache)
+                model(input_ids=ids[:, :1], cache=cache)
             if round_ >= 2:
                 into.append((time.perf_counter() - started) / 8 * 1000)
     return [statistics.median(each) for each in times]

@@ -49,7 +49,7 @@ def ending_log_likelihoods(
         logits = model(input_ids=ids).logits[:, len(context) - 1 : -1]
     else:
         cache, driver = store.open(model, text)
-        first = model(input_ids=read, past_key_values=cache).logits
+        first = model(input_ids=read, cache=cache).logits
         if driver is not None:
             driver.observe(read, first)
         logits = torch.cat([first[:, -1:].expand(len(rows), -1, -1), _second_pass(model, cache, endings)], dim=1)
@@ -68,10 +68,10 @@ def _second_pass(model: PreTrainedModel, cache: Cache, endings: torch.Tensor) ->
         for row in ids:
             branch = copy.copy(cache)
             branch.layers = [copy.copy(layer) for layer in cache.layers]
-            parts.append(model(input_ids=row[None], past_key_values=branch).logits)
+            parts.append(model(input_ids=row[None], cache=branch).logits)
         return torch.cat(parts)
     cache.batch_repeat_interleave(len(ids))
-    return model(input_ids=ids, past_key_values=cache).logits
+    return model(input_ids=ids, cache=cache).logits
 
 
 def score_items(

@@ -54,7 +54,7 @@ def sample_sequences(model: PreTrainedModel, count: int, length: int, seed: int 
         ids = torch.full((rows, 1), model.config.bos_token_id, device=model.device)
         cache = DynamicCache(config=model.config)
         while ids.shape[1] < length:
-            logits = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1].float()
+            logits = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         parts.append(ids)
     return torch.cat(parts)

@@ -83,7 +83,7 @@ class FisherGradients:
         generator = torch.Generator(device=model.device).manual_seed(seed)
         self.cache = Cache(layers=[_TappedLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
         with torch.enable_grad():
-            log_p = model(input_ids=rows, past_key_values=self.cache).logits.float().log_softmax(-1)
+            log_p = model(input_ids=rows, cache=self.cache).logits.float().log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=generator)
             self.log_likelihood = log_p.flatten(0, 1).gather(1, drawn).view(rows.shape)
         self.states = text_states(self.cache)
@@ -158,7 +158,7 @@ def exact_costs(
     """
     row = torch.tensor([list(ids)], device=model.device)
     full = DynamicCache(config=model.config)
-    reference = model(input_ids=row, past_key_values=full).logits[0]
+    reference = model(input_ids=row, cache=full).logits[0]
     states = text_states(full)
     stored = {bits: (states.stored("key", bits), states.stored("value", bits)) for bits in widths}
     costs = np.zeros((len(tokens), len(widths)))
@@ -183,7 +183,7 @@ def exact_costs(
         mask = torch.cat([visible, later[:, :, None]], dim=-1)[:, None]
         logits = model(
             input_ids=row[:, first:stop].expand(len(group), -1),
-            past_key_values=Cache(layers=layers),
+            cache=Cache(layers=layers),
             attention_mask=mask,
             position_ids=window[None].expand(len(group), -1),
         ).logits

@@ -62,7 +62,7 @@ def measure_costs(
             continue
         cache = DynamicCache(config=model.config)
         row = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=row, past_key_values=cache).logits
+        logits = model(input_ids=row, cache=cache).logits
         states = text_states(cache)
         own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
         errors = {

@@ -110,7 +110,7 @@ def test_a_cache_that_commits_by_itself_finds_it_too(model):
         broken.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
     cache = PackedKVCache(broken.config, bits=4, block=8)
     with pytest.raises(ValueError, match="keys or values of tokens 0 to 15 hold NaN or infinity"):
-        broken.generate(input_ids=random_ids(1, 20), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        broken.generate(input_ids=random_ids(1, 20), cache=cache, max_new_tokens=4, do_sample=False)
 
 
 def test_elsewhere_than_on_the_cpu_one_read_a_block_tells_widths_and_faults():
@@ -200,7 +200,7 @@ def test_a_prompt_of_one_token_is_a_prompt(model, policy):
     driver = PolicyDriver(model, cache, policy)
     inputs = {"input_ids": random_ids(1, 1), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
     out = model.generate(
-        **driver.prefill(inputs), past_key_values=cache, logits_processor=[driver], max_new_tokens=30, do_sample=False
+        **driver.prefill(inputs), cache=cache, logits_processor=[driver], max_new_tokens=30, do_sample=False
     )
     assert out.shape == (1, 31)
     assert cache.committed == 24
@@ -317,42 +317,42 @@ def test_what_a_policy_may_not_say(model, said):
 def test_a_cache_of_fewer_layers_names_both(model):
     cache = PackedKVCache(tiny_config("llama", layers=1))
     with pytest.raises(ValueError, match="a model of 1 layers and got states of layer 2: use one cache per model"):
-        model(input_ids=random_ids(1, 5), past_key_values=cache)
+        model(input_ids=random_ids(1, 5), cache=cache)
 
 
 def test_a_cache_of_more_layers_is_found_out_at_the_next_forward(model):
     cache = PackedKVCache(tiny_config("llama", layers=3))
     cache.config._attn_implementation = model.config._attn_implementation
-    model(input_ids=random_ids(1, 5), past_key_values=cache)
+    model(input_ids=random_ids(1, 5), cache=cache)
     with pytest.raises(ValueError, match=r"layers of the cache hold between 0 and 5 tokens: .* fewer than 3 layers"):
-        model(input_ids=random_ids(1, 5), past_key_values=cache)
+        model(input_ids=random_ids(1, 5), cache=cache)
 
 
 def test_a_forward_that_broke_off_leaves_a_cache_that_says_so(model):
     cache = PackedKVCache(model.config, bits=4, block=8)
-    model(input_ids=random_ids(1, 20), past_key_values=cache)
+    model(input_ids=random_ids(1, 20), cache=cache)
 
     def stop(*_):
         raise KeyboardInterrupt
 
     hook = model.model.layers[1].self_attn.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        model(input_ids=random_ids(1, 3), past_key_values=cache)
+        model(input_ids=random_ids(1, 3), cache=cache)
     hook.remove()
     with pytest.raises(ValueError, match="a forward was interrupted"):
-        model(input_ids=random_ids(1, 3), past_key_values=cache)
+        model(input_ids=random_ids(1, 3), cache=cache)
     cache.reset()
-    model(input_ids=random_ids(1, 3), past_key_values=cache)
+    model(input_ids=random_ids(1, 3), cache=cache)
 
 
 def test_dtype_and_device_belong_to_the_cache(model):
     half = tiny_model("llama", dtype=torch.float16)
     cache = PackedKVCache(model.config, block=8)
-    model(input_ids=random_ids(1, 20), past_key_values=cache)
+    model(input_ids=random_ids(1, 20), cache=cache)
     with pytest.raises(
         ValueError, match=r"heads of 32 in torch.float32, the model sent 2 heads of 32 in torch.float16"
     ):
-        half(input_ids=random_ids(1, 1), past_key_values=cache)
+        half(input_ids=random_ids(1, 1), cache=cache)
     elsewhere = torch.zeros(1, 2, 1, 32, device="meta")
     with pytest.raises(ValueError, match="the cache lies on cpu, the model sent states on meta: reset the cache after"):
         cache.layers[0].update(elsewhere, elsewhere)
@@ -363,9 +363,9 @@ def test_dtype_and_device_belong_to_the_cache(model):
 
 def test_a_used_cache_and_another_batch(model):
     cache = PackedKVCache(model.config, bits=4)
-    model.generate(**left_padded([20, 12]), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    model.generate(**left_padded([20, 12]), cache=cache, max_new_tokens=3, do_sample=False)
     with pytest.raises(ValueError, match=r"holds 2 sequence\(s\), the model sent 1: reset it before another batch"):
-        model.generate(**left_padded([30]), past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**left_padded([30]), cache=cache, max_new_tokens=3, do_sample=False)
 
 
 def test_a_model_whose_attention_cannot_be_exchanged():

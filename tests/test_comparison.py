@@ -164,7 +164,7 @@ def test_stock_caches_where_installed(model_and_tokenizer):
         assert driver is None
         with torch.no_grad():
             for part in random_ids(1, 200).split(100, dim=1):
-                model(input_ids=part, past_key_values=cache)
+                model(input_ids=part, cache=cache)
         assert 0 < stored_bytes(cache) < 200 * 2 * 2 * 2 * 32 * 4
         assert np.isnan(code_bits(cache))
         sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)

@@ -243,7 +243,7 @@ def test_settle_controller_in_a_driver(folder):
         pass
     assert cache.token_bits()[:, :48].mean().item() == pytest.approx(2.5)
     out = model.generate(  # it reads no logits, so that a plain generate() is enough
-        input_ids=ids[:1, :40], past_key_values=(fresh := PackedKVCache(model.config, block=8)), max_new_tokens=30,
+        input_ids=ids[:1, :40], cache=(fresh := PackedKVCache(model.config, block=8)), max_new_tokens=30,
         logits_processor=[PolicyDriver(model, fresh, controller)], do_sample=False,
     )  # fmt: skip
     assert out.shape == (1, 70)

@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_by_name(pair):
     with pytest.raises(ValueError, match="temperature must be"):
         gated_generate(*pair, "the cat", EntropyGate(1.0), temperature=-1.0)
     used = DynamicCache(config=pair[0].config)
-    pair[0](input_ids=torch.tensor([[3, 4]]), past_key_values=used)
+    pair[0](input_ids=torch.tensor([[3, 4]]), cache=used)
     with pytest.raises(ValueError, match="cache of the llama model must be empty"):
         gated_generate(*pair, "the cat", EntropyGate(1.0), small_cache=lambda model: used)
 

@@ -33,7 +33,7 @@ def test_generate_with_every_policy(family, policy, mode, lengths):
     driver = PolicyDriver(model, cache, POLICIES[policy]())
     torch.manual_seed(0)
     out = model.generate(
-        **driver.prefill(batch), past_key_values=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode]
+        **driver.prefill(batch), cache=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode]
     )
     assert out.shape == (len(lengths), 60)
     assert cache.get_seq_length() == 59
@@ -58,7 +58,7 @@ def test_policies_without_features_need_no_prefill_and_follow_beams(family, poli
     driver = PolicyDriver(model, cache, POLICIES[policy]())
     torch.manual_seed(0)
     batch = left_padded([40, 31])
-    out = model.generate(**batch, past_key_values=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode])
+    out = model.generate(**batch, cache=cache, logits_processor=[driver], max_new_tokens=20, **MODES[mode])
     assert out.shape == (2, 60)
     assert cache.committed == 56
 
@@ -71,9 +71,7 @@ def test_a_fixed_width_needs_no_driver(family):
         cache = PackedKVCache(model.config, bits=None if with_driver else 4, block=8)
         processors = [PolicyDriver(model, cache, FixedBits(4))] if with_driver else None
         texts.append(
-            model.generate(
-                **batch, past_key_values=cache, logits_processor=processors, max_new_tokens=30, do_sample=False
-            )
+            model.generate(**batch, cache=cache, logits_processor=processors, max_new_tokens=30, do_sample=False)
         )
     assert torch.equal(*texts)
 
@@ -83,7 +81,7 @@ def test_beams_without_commits_equal_those_of_the_full_cache(family):
     batch = left_padded([20, 14])
     settings = {"max_new_tokens": 15, "num_beams": 3, "do_sample": False}
     expected = model.generate(**batch, **settings)
-    assert torch.equal(model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config)), expected)
+    assert torch.equal(model.generate(**batch, **settings, cache=PackedKVCache(model.config)), expected)
 
 
 def test_policies_that_read_logits_refuse_beams_by_name():
@@ -94,7 +92,7 @@ def test_policies_that_read_logits_refuse_beams_by_name():
         batch = left_padded([40])
         inputs = driver.prefill(batch) if prefilled else batch
         with pytest.raises(ValueError, match=r"'rule-based dynamic' reads .*beam search"):
-            model.generate(**inputs, past_key_values=cache, logits_processor=[driver], max_new_tokens=5, num_beams=2)
+            model.generate(**inputs, cache=cache, logits_processor=[driver], max_new_tokens=5, num_beams=2)
 
 
 def test_a_policy_that_reads_logits_asks_for_the_prefill():
@@ -102,7 +100,7 @@ def test_a_policy_that_reads_logits_asks_for_the_prefill():
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, EntropyRule())
     with pytest.raises(ValueError, match=r"call driver.prefill\(inputs\) first"):
-        model.generate(**left_padded([40]), past_key_values=cache, logits_processor=[driver], max_new_tokens=5)
+        model.generate(**left_padded([40]), cache=cache, logits_processor=[driver], max_new_tokens=5)
 
 
 def test_the_driver_chooses_by_the_entropy_after_each_token():
@@ -219,7 +217,7 @@ def test_the_driver_refuses_assisted_generation():
         inputs = driver.prefill(left_padded([40]))
         with pytest.raises(ValueError, match="cannot follow assisted generation"):
             model.generate(
-                **inputs, past_key_values=cache, logits_processor=[driver], max_new_tokens=9, assistant_model=assistant
+                **inputs, cache=cache, logits_processor=[driver], max_new_tokens=9, assistant_model=assistant
             )
 
 
@@ -242,9 +240,7 @@ def test_a_padded_batch_is_committed_without_packed_attention_too():
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, EntropyRule((3.9, 4.1, 4.25)))
     batch = left_padded([14, 9])
-    model.generate(
-        **driver.prefill(batch), past_key_values=cache, logits_processor=[driver], max_new_tokens=30, do_sample=False
-    )
+    model.generate(**driver.prefill(batch), cache=cache, logits_processor=[driver], max_new_tokens=30, do_sample=False)
     assert cache.committed == 40
 
 
@@ -262,10 +258,10 @@ def test_assisted_generation_crops_the_packed_cache():
     batch = left_padded([40])
     expected = model.generate(**batch, max_new_tokens=20, do_sample=False)
     cache = PackedKVCache(model.config, block=8)
-    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
+    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, cache=cache)
     assert torch.equal(out, expected)
     cache = PackedKVCache(model.config, bits=8, block=8)
-    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
+    out = model.generate(**batch, max_new_tokens=20, do_sample=False, assistant_model=assistant, cache=cache)
     assert out.shape == expected.shape
 
 
@@ -299,19 +295,19 @@ def test_after_a_crop_the_driver_knows_what_it_knew_before(removed):
         driver = PolicyDriver(model, PackedKVCache(model.config, block=block), everything_read(16))
         last = []
         for at in range(40):
-            logits = model(input_ids=right[:, at : at + 1], past_key_values=driver.cache).logits
+            logits = model(input_ids=right[:, at : at + 1], cache=driver.cache).logits
             driver.observe(right[:, at : at + 1], logits)
             last.append(logits[:, -1])
         for at in range(detour):
             token = wrong[:, at : at + 1]
-            driver.observe(token, model(input_ids=token, past_key_values=driver.cache).logits)
+            driver.observe(token, model(input_ids=token, cache=driver.cache).logits)
         driver.crop(detour, last[-1])
         assert driver.cache.get_seq_length() == 40
         assert driver.token_ids.shape[1] == driver.features.entropy.shape[1] == driver.cache.tail_length
         assert driver.pending_start + driver.pending.entropy.shape[1] == driver.cache.committed
         assert torch.equal(driver.token_ids[0], right[0, driver.cache.committed : 40])
         token = right[:, 40:41]
-        driver.observe(token, model(input_ids=token, past_key_values=driver.cache).logits)
+        driver.observe(token, model(input_ids=token, cache=driver.cache).logits)
         drivers.append(driver)
     plain, cropped = drivers
     assert torch.equal(cropped.latest.surprisal, plain.latest.surprisal)
@@ -332,7 +328,7 @@ def test_blocks_that_a_crop_cut_short_are_settled_with_their_own_features():
             driver.crop(removed, logits_of[-1][None])
         for token in random_ids(1, 23, seed := seed + 1)[0].tolist():
             ids = torch.tensor([[token]])
-            logits = model(input_ids=ids, past_key_values=driver.cache).logits
+            logits = model(input_ids=ids, cache=driver.cache).logits
             read.append(token)
             logits_of.append(logits[0, -1])
             ranked = len(policy.ranked)
@@ -348,7 +344,7 @@ def test_blocks_that_a_crop_cut_short_are_settled_with_their_own_features():
 def test_a_crop_says_what_it_needs():
     model = tiny_model("llama")
     driver = PolicyDriver(model, PackedKVCache(model.config, block=8), everything_read())
-    driver.observe(random_ids(1, 20), model(input_ids=random_ids(1, 20), past_key_values=driver.cache).logits)
+    driver.observe(random_ids(1, 20), model(input_ids=random_ids(1, 20), cache=driver.cache).logits)
     with pytest.raises(ValueError, match="reads surprisal: crop needs last_logits"):
         driver.crop(3)
     with pytest.raises(ValueError, match="tokens must lie between 0 and 20, which are read, got 21"):

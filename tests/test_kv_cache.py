@@ -29,7 +29,7 @@ def feed(model, cache, ids, mask=None, chunk=None):
                 seen = mask[:, : done + start + part.shape[1]]
                 positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -part.shape[1] :]
                 extra = {"attention_mask": seen, "position_ids": positions}
-            logits.append(model(input_ids=part, past_key_values=cache, **extra).logits)
+            logits.append(model(input_ids=part, cache=cache, **extra).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -122,7 +122,7 @@ def test_without_commits_greedy_text_is_identical(family, head_dim):
     batch = left_padded([20, 13, 17])
     settings = {"max_new_tokens": 30, "do_sample": False}
     expected = model.generate(**batch, **settings)
-    assert torch.equal(model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config)), expected)
+    assert torch.equal(model.generate(**batch, **settings, cache=PackedKVCache(model.config)), expected)
 
 
 @pytest.mark.parametrize("bits", WIDTH_CHOICES, ids=str)
@@ -580,7 +580,7 @@ def test_families_generate_and_agree_with_the_full_cache(name):
     batch = left_padded([30, 22])
     settings = {"max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**batch, **settings)
-    fine = model.generate(**batch, **settings, past_key_values=PackedKVCache(model.config, block=8))
+    fine = model.generate(**batch, **settings, cache=PackedKVCache(model.config, block=8))
     assert torch.equal(fine, expected)
     ids = random_ids(2, 48)
     full = feed(model, DynamicCache(config=model.config), ids)

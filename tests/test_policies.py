@@ -110,7 +110,7 @@ def test_schedules_work_in_plain_generate_and_under_beams():
         cache = PackedKVCache(model.config, block=8)
         driver = PolicyDriver(model, cache, THREE)
         out = model.generate(
-            input_ids=ids, past_key_values=cache, logits_processor=[driver], max_new_tokens=40, num_beams=beams,
+            input_ids=ids, cache=cache, logits_processor=[driver], max_new_tokens=40, num_beams=beams,
             do_sample=False,
         )  # fmt: skip
         assert out.shape == (1, 80)

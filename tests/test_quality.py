@@ -63,11 +63,7 @@ def test_sampling_is_seeded_and_is_the_models_own():
     assert (a[:, 0] == 1).all()
     many = sample_sequences(model, 3000, 2, batch=3000)[:, 1]
     with torch.no_grad():
-        p = (
-            model(input_ids=torch.tensor([[1]]), past_key_values=DynamicCache(config=model.config))
-            .logits[0, -1]
-            .softmax(-1)
-        )
+        p = model(input_ids=torch.tensor([[1]]), cache=DynamicCache(config=model.config)).logits[0, -1].softmax(-1)
     assert torch.allclose(torch.bincount(many, minlength=97) / 3000, p, atol=0.03)
 
 
@@ -96,5 +92,5 @@ def test_sixteen_bits_on_a_real_model(shared):
     expected = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False)
     for bits in (16, None):
         cache = PackedKVCache(model.config, bits=bits)
-        out = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False, past_key_values=cache)
+        out = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False, cache=cache)
         assert torch.equal(out, expected)

@@ -16,15 +16,15 @@ def replaced_by_hand(model, ids, at, bits, horizon):
     """Token `at` is put back as stored once it was read; the following tokens are then read over it."""
     row = torch.tensor([ids])
     full = DynamicCache(config=model.config)
-    reference = model(input_ids=row, past_key_values=full).logits[0]
+    reference = model(input_ids=row, cache=full).logits[0]
     states = text_states(full)
     cache = DynamicCache(config=model.config)
-    model(input_ids=row[:, : at + 1], past_key_values=cache)
+    model(input_ids=row[:, : at + 1], cache=cache)
     for number, layer in enumerate(cache.layers):
         layer.keys[:, :, at] = states.stored("key", bits)[number][:, :, at]
         layer.values[:, :, at] = states.stored("value", bits)[number][:, :, at]
     stop = min(len(ids), at + 1 + horizon)
-    logits = model(input_ids=row[:, at + 1 : stop], past_key_values=cache).logits[0]
+    logits = model(input_ids=row[:, at + 1 : stop], cache=cache).logits[0]
     return kl_divergence(reference[at + 1 : stop], logits).sum().item()
 
 
