@@ -25,6 +25,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
+from helpers.attention import implementation_name
 from helpers.benchmark_plots import benchmark_figure
 from helpers.benchmark_results import (
     COLUMNS,
@@ -349,11 +350,12 @@ def run_command(options: argparse.Namespace) -> None:
         tuple(options.what), tuple(options.shapes), tuple(options.contexts), tuple(options.batches),
         tuple(options.methods), options.rounds, options.seed, options.quick,
     )  # fmt: skip
+    about = asdict(settings) | {"attention": implementation_name(device.type)}
     paths: list[Path] = []
 
     def save(table: pd.DataFrame, copy_gbs: float) -> None:
         if options.out != "-":
-            paths[:] = save_benchmarks(table, copy_gbs, asdict(settings), device_name(device), options.out or FOLDER)
+            paths[:] = save_benchmarks(table, copy_gbs, about, device_name(device), options.out or FOLDER)
 
     table, copy_gbs = run(settings, device, dtype, save=save)
     print(report(table, check_bars(table, CUDA_BARS if device.type == "cuda" else CPU_BARS), copy_gbs))

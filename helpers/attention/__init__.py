@@ -95,6 +95,11 @@ def implementation(device_type: str) -> ModuleType | None:
     return module
 
 
+def implementation_name(device_type: str) -> str:
+    """Which implementation of packed attention serves a kind of device: "numba_cpu", "triton_cuda" or "reference"."""
+    return "reference" if implementation(device_type) is None else FAST[device_type]
+
+
 def dense_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
