@@ -135,7 +135,7 @@ def test_memory_and_time_of_one_long_text(model):
 
 def tensors_alive() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # a proxy may have lost its object
 
 
 def test_many_texts_on_one_cache_leave_nothing_behind(model):
