@@ -28,10 +28,11 @@ from helpers.quantization import FULL_WIDTH, WIDTHS
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by dense attention
 MAX_HEAD_DIM = 256
-TILE_NUMBERS = 4096  # tokens x head_dim that a program expands at a time: 32 numbers a thread, twice, fit its registers
+TILE = 32  # tokens that a program expands at a time; twice as many no longer fit its registers
 MAX_PIECE = 1024  # tokens: a piece's result is then under 1% of the bytes that were read for it
 PROGRAMS_PER_SM = 4  # least that keep enough bytes on their way to hide the memory's latency
 WARPS = 4
+STAGES_AHEAD = tl.constexpr(4)  # tiles that are on their way from memory
 ROWS_PER_PROGRAM = 16  # query rows of one key/value head that share a tensor core tile
 
 # Columns of a store's table, int64, one row a piece: how it is stored, where its slots lie, addresses of the fields.
@@ -53,11 +54,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Numbers that change from call to call: a kernel compiled for a special value of one would be compiled again and again.
 _ATTEND_NUMBERS = [
-    "layer", "kv_heads", "queries", "committed", "tail", "piece_tokens", "pending", "scaling", "hidden",
+    "layer", "kv_heads", "groups", "queries", "committed", "tail", "piece_tokens", "pending", "scaling", "hidden",
     "query_row", "query_head", "query_token", "keys_row", "keys_head", "values_row", "values_head",
     "mask_row", "mask_head", "mask_query", "mask_tokens",
 ]  # fmt: skip
-_COMBINE_NUMBERS = ["layer", "kv_heads", "queries", "committed", "turned", "pieces", "pending"]
+_COMBINE_NUMBERS = ["layer", "kv_heads", "groups", "queries", "committed", "turned", "pieces", "pending"]
 
 
 @triton.constexpr_function
@@ -99,17 +100,18 @@ def _operand(raw, BITS: tl.constexpr, plane: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def _dot(a, x, into):
-    """`into + a x` on tensor cores, `a` float32: split in two of `x`'s type, in which codes are exact."""
+    """`into + a x` on tensor cores, `a` float32: split into parts of `x`'s type, in which codes are exact."""
     if x.dtype == tl.float32:
         into = tl.dot(a, x, into, input_precision="tf32x3")
     else:
-        high = a.to(x.dtype)
-        low = (a - high.to(tl.float32)).to(x.dtype)
-        if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were the integers that hold its bits
-            x = x.to(tl.float32)
-            into = tl.dot(low.to(tl.float32), x, tl.dot(high.to(tl.float32), x, into))
-        else:
-            into = tl.dot(low, x, tl.dot(high, x, into))
+        PARTS: tl.constexpr = 2 if x.dtype == tl.float16 else 3
+        for _ in tl.static_range(PARTS):
+            part = a.to(x.dtype)
+            a -= part.to(tl.float32)
+            if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were the integers that hold its bits
+                into = tl.dot(part.to(tl.float32), x.to(tl.float32), into)
+            else:
+                into = tl.dot(part, x, into)
     return into
 
 
@@ -210,7 +212,7 @@ def _piece(
         else:
             sums_of_planes = sums_of_planes + (tl.zeros([TILE, VALUE_PADDED], tl.float32),)
 
-    for at in range(first, stop, TILE):
+    for at in tl.range(first, stop, TILE, num_stages=STAGES_AHEAD):
         slot = at + tl.arange(0, TILE)
         raw_keys = _load(keys, slot, stop, KEY_WIDTH, KEY_PADDED)
         raw_values = _load(values, slot, stop, VALUE_WIDTH, VALUE_PADDED)
@@ -328,10 +330,15 @@ def _piece(
 
 
 @triton.jit
-def _field(table, column, offset, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to number `offset` of a field whose address is in the table; `ALIGNED` bytes is what it starts at."""
-    address = tl.load(table + column) + offset * (TYPE.primitive_bitwidth // 8)
-    return tl.multiple_of(tl.multiple_of(address, ALIGNED).to(tl.pointer_type(TYPE)), ALIGNED)
+def _aligned(pointer, NUMBERS: tl.constexpr):
+    """A pointer to the first of vectors of `NUMBERS` numbers in an aligned buffer, known to be as aligned as it is."""
+    return tl.multiple_of(pointer, _alignment(NUMBERS * (pointer.dtype.element_ty.primitive_bitwidth // 8)))
+
+
+@triton.jit
+def _field(table, column, vector, TYPE: tl.constexpr, NUMBERS: tl.constexpr):
+    """Pointer to vector number `vector`, of `NUMBERS` numbers each, of a field whose address is in the table."""
+    return _aligned(tl.load(table + column).to(tl.pointer_type(TYPE)) + vector * NUMBERS, NUMBERS)
 
 
 @triton.jit
@@ -352,12 +359,12 @@ def _stored_piece(
     if centre is not None:
         centre += layer_head * D
     _piece(
-        _field(table, KEY_CODES, slot * KEY_NUMBERS, KEY_TYPE, _alignment(D * KEY_BITS // 8)),
-        _field(table, VALUE_CODES, slot * VALUE_NUMBERS, VALUE_TYPE, _alignment(DV * VALUE_BITS // 8)),
-        _field(table, KEY_SCALES, slot * 2, tl.float16, 4),
-        _field(table, VALUE_SCALES, slot * 2, tl.float16, 4),
+        _field(table, KEY_CODES, slot, KEY_TYPE, KEY_NUMBERS),
+        _field(table, VALUE_CODES, slot, VALUE_TYPE, VALUE_NUMBERS),
+        _field(table, KEY_SCALES, slot, tl.float16, 2),
+        _field(table, VALUE_SCALES, slot, tl.float16, 2),
         _field(table, TOKEN, slot, tl.uint8, 1),
-        _field(table, BLOCK_START, b * capacity + start, tl.int32, 4),
+        _field(table, BLOCK_START, b * capacity + start, tl.int32, 1),
         tl.load(table + RAGGED), tl.load(table + FIRST).to(tl.int32), tl.load(table + STOP).to(tl.int32),
         query, row, rotation, centre, mask, mask_tokens, 0, hidden, scores, tl.load(table + PENDING_AT).to(tl.int32),
         0, factor, partial,
@@ -368,11 +375,11 @@ def _stored_piece(
 @triton.jit(do_not_specialize=_ATTEND_NUMBERS)
 def _attend(
     table, query, tail_keys, tail_values, key_rotation, centre, mask, scores, partials,
-    layer, kv_heads, queries, committed, tail, piece_tokens, pending, scaling, hidden,
+    layer, kv_heads, groups, queries, committed, tail, piece_tokens, pending, scaling, hidden,
     query_row, query_head, query_token, keys_row, keys_head, values_row, values_head,
     mask_row, mask_head, mask_query, mask_tokens,
-    STAGES: tl.constexpr, GROUPED: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, FULL_TYPE: tl.constexpr, BOOL: tl.constexpr,
+    STAGES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    FULL_TYPE: tl.constexpr, BOOL: tl.constexpr,
 ):  # fmt: skip
     """First launch, programs `[pieces, rows x kv_heads, query rows]`: what one piece gives one head."""
     DOT: tl.constexpr = ROWS > 1
@@ -381,27 +388,29 @@ def _attend(
     head = tl.program_id(1)
     b = (head // kv_heads).to(tl.int64)
     h = (head % kv_heads).to(tl.int64)
+    grouped = groups * queries
     r = 0
     row = True
     if DOT:
         r = (tl.program_id(2) * ROWS + tl.arange(0, ROWS))[:, None]
-        row = r < GROUPED
+        row = r < grouped
         r = tl.where(row, r, 0)
-    query_head_index = h * GROUPS + r // queries
+    query_head_index = h * groups + r // queries
     newest = r % queries
     query += b * query_row + query_head_index * query_head + newest * query_token
-    partial = partials + ((head.to(tl.int64) * pieces + piece) * GROUPED + r) * (STATS + DV)
+    partial = partials + ((head.to(tl.int64) * pieces + piece) * grouped + r) * (STATS + DV)
     if mask is not None:
         mask += b * mask_row + query_head_index * mask_head + newest * mask_query
     if scores is not None:
-        scores += (head.to(tl.int64) * GROUPED + r) * pending
+        scores += (head.to(tl.int64) * grouped + r) * pending
     factor = scaling * LOG2E
 
     if piece >= committed:
         first = (piece - committed) * piece_tokens
         stop = tl.minimum(first + piece_tokens, tail)
         _piece(
-            tail_keys + (b * keys_row + h * keys_head), tail_values + (b * values_row + h * values_head),
+            _aligned(tail_keys + (b * keys_row + h * keys_head) * D, D),
+            _aligned(tail_values + (b * values_row + h * values_head) * DV, DV),
             None, None, None, None, 0, first, stop,
             query, row, None, None, mask, mask_tokens, mask_tokens - tail, hidden, None, 0,
             tail - queries + newest + 1, factor, partial,
@@ -419,12 +428,12 @@ def _attend(
 
 
 @triton.jit
-def _totals(stats, r, row, pieces, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
+def _totals(stats, r, row, pieces, grouped, WIDTH: tl.constexpr):
     """Of the query rows `r` of one head over all pieces: maximum, sum, sum of squares, number of visible tokens."""
     top = tl.full(r.shape, float("-inf"), tl.float32)
     for at in range(0, pieces, PIECES_AT_ONCE):
         piece = at + tl.arange(0, PIECES_AT_ONCE)
-        place = stats + (piece[:, None] * GROUPED + r[None, :]) * WIDTH
+        place = stats + (piece[:, None] * grouped + r[None, :]) * WIDTH
         known = (piece < pieces)[:, None] & row[None, :]
         top = tl.maximum(top, tl.max(tl.load(place, mask=known, other=float("-inf")), 0))
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -433,7 +442,7 @@ def _totals(stats, r, row, pieces, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
     seen = tl.zeros_like(top)
     for at in range(0, pieces, PIECES_AT_ONCE):
         piece = at + tl.arange(0, PIECES_AT_ONCE)
-        place = stats + (piece[:, None] * GROUPED + r[None, :]) * WIDTH
+        place = stats + (piece[:, None] * grouped + r[None, :]) * WIDTH
         known = (piece < pieces)[:, None] & row[None, :]
         weight = tl.exp2(tl.load(place, mask=known, other=float("-inf")) - top[None, :])
         total += tl.sum(weight * tl.load(place + 1, mask=known, other=0), 0)
@@ -443,13 +452,13 @@ def _totals(stats, r, row, pieces, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _weighted(stats, top, first, stop, column, inside, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
+def _weighted(stats, top, first, stop, column, inside, grouped, WIDTH: tl.constexpr):
     """Weighted values of the pieces `first` to `stop`, put together, at some columns."""
     result = tl.zeros(column.shape, tl.float32)
     for at in range(first, stop, PIECES_AT_ONCE):
         piece = at + tl.arange(0, PIECES_AT_ONCE)
         known = piece < stop
-        place = stats + piece * (GROUPED * WIDTH)
+        place = stats + piece * (grouped * WIDTH)
         weight = tl.exp2(tl.load(place, mask=known, other=float("-inf")) - top)
         part = tl.load(
             place[:, None] + STATS + column[None, :],
@@ -463,34 +472,35 @@ def _weighted(stats, top, first, stop, column, inside, GROUPED: tl.constexpr, WI
 @triton.jit(do_not_specialize=_COMBINE_NUMBERS)
 def _combine(
     table, partials, value_rotation, scores, output, variance,
-    layer, kv_heads, queries, committed, turned, pieces, pending,
-    GROUPED: tl.constexpr, GROUPS: tl.constexpr, DV: tl.constexpr,
+    layer, kv_heads, groups, queries, committed, turned, pieces, pending,
+    ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Second launch, programs `[GROUPED + pending pieces, rows x kv_heads]`.
+    """Second launch, programs `[grouped + pending pieces, rows x kv_heads]`.
 
-    The first `GROUPED` of a head each finish one query row: output and variance. The others each add to the attention
+    The first of a head each finish one query row: output and variance. The others each add to the attention
     received by the tokens of one pending piece.
     """
     WIDTH: tl.constexpr = STATS + DV
     PADDED: tl.constexpr = triton.next_power_of_2(DV)
+    grouped = groups * queries
     job = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    stats = partials + head * pieces * (GROUPED * WIDTH)
-    if job < GROUPED:
+    stats = partials + head * pieces * (grouped * WIDTH)
+    if job < grouped:
         r = job + tl.arange(0, 1)
-        top, total, squares, seen = _totals(stats, r, r < GROUPED, pieces, GROUPED, WIDTH)
+        top, total, squares, seen = _totals(stats, r, r < grouped, pieces, grouped, WIDTH)
         top = tl.sum(top, 0)
         total = tl.sum(total, 0)
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
         column = tl.arange(0, PADDED)
         inside = column < DV
         mine = stats + job * WIDTH
-        result = _weighted(mine, top, turned, pieces, column, inside, GROUPED, WIDTH)
+        result = _weighted(mine, top, turned, pieces, column, inside, grouped, WIDTH)
         if value_rotation is not None:
             for at in range(0, DV, CHUNK):
                 entry = at + tl.arange(0, CHUNK)
                 known = entry < DV
-                part = _weighted(mine, top, 0, turned, entry, known, GROUPED, WIDTH)
+                part = _weighted(mine, top, 0, turned, entry, known, grouped, WIDTH)
                 matrix = tl.load(
                     value_rotation + column[:, None] * DV + entry[None, :],
                     mask=inside[:, None] & known[None, :],
@@ -498,9 +508,9 @@ def _combine(
                 )
                 result += tl.sum(matrix * part[None, :], 1)
         b = head // kv_heads
-        query_head = (head % kv_heads) * GROUPS + job // queries
+        query_head = (head % kv_heads) * groups + job // queries
         newest = job % queries
-        heads = kv_heads * GROUPS
+        heads = kv_heads * groups
         out = output + ((b * queries + newest) * heads + query_head) * DV
         tl.store(out + column, (result * share).to(output.dtype.element_ty), mask=inside)
         if variance is not None:
@@ -509,16 +519,15 @@ def _combine(
             tl.store(variance + (b * heads + query_head) * queries + newest, tl.maximum(spread, 0.0))
     else:
         if scores is not None:
-            ROWS: tl.constexpr = triton.next_power_of_2(GROUPED)
             r = tl.arange(0, ROWS)
-            row = r < GROUPED
-            top, total, squares, seen = _totals(stats, r, row, pieces, GROUPED, WIDTH)
+            row = r < grouped
+            top, total, squares, seen = _totals(stats, r, row, pieces, grouped, WIDTH)
             share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-            table += (committed + job - GROUPED) * COLUMNS
+            table += (committed + job - grouped) * COLUMNS
             capacity = tl.load(table + CAPACITY)
             place = (layer.to(tl.int64) * tl.num_programs(1) + head) * capacity + tl.load(table + START)
-            received = _field(table, RECEIVED, place, tl.float16, 2)
-            kept = scores + (head * GROUPED + r[:, None]) * pending + tl.load(table + PENDING_AT)
+            received = _field(table, RECEIVED, place, tl.float16, 1)
+            kept = scores + (head * grouped + r[:, None]) * pending + tl.load(table + PENDING_AT)
             stop = tl.load(table + STOP).to(tl.int32)
             for at in range(tl.load(table + FIRST).to(tl.int32), stop, SLOTS_AT_ONCE):
                 slot = at + tl.arange(0, SLOTS_AT_ONCE)
@@ -582,19 +591,14 @@ def _programs(device: torch.device) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile(dim: int) -> int:
-    return min(128, max(16, TILE_NUMBERS // triton.next_power_of_2(dim)))
-
-
-def _plan(store: PackedStore, heads: int, dim: int) -> _Plan:
-    """The plan of a store, made anew after every change of its buckets; `heads` over all rows, `dim` the larger."""
+def _plan(store: PackedStore, heads: int) -> _Plan:
+    """The plan of a store, made anew after every change of its buckets; `heads` over all rows."""
     plan = store.derived.get("triton")
     if plan is None:
         buckets = [bucket for bucket in store.buckets.values() if bucket.slots]
         buckets.sort(key=lambda bucket: bucket.stage.value_bits == FULL_WIDTH)  # those whose values are rotated first
-        tile = _tile(dim)
         even = sum(bucket.slots for bucket in buckets) * heads // _programs(store.device)
-        piece_tokens = min(max(MAX_PIECE, tile), -(-max(even, 1) // tile) * tile)
+        piece_tokens = min(MAX_PIECE, -(-max(even, 1) // TILE) * TILE)
         # Equal widths are always compiled, so that a policy that comes to use one does not wait for it.
         stages = tuple(sorted({(b, b) for b in WIDTHS} | {(b.stage.key_bits, b.stage.value_bits) for b in buckets}))
         rows, waiting, turned, pending = [], [], 0, 0
@@ -630,11 +634,11 @@ def packed_attention(
     store = states.store
     rows, heads, queries, dim = query.shape
     kv_heads, tail, value_dim = states.tail_keys.shape[1], states.tail_keys.shape[2], states.tail_values.shape[3]
-    tail_keys, tail_values = (_rows_in_order(x) for x in (states.tail_keys, states.tail_values))
+    tail_keys, tail_values = (_in_vectors(x) for x in (states.tail_keys, states.tail_values))
     query = query if query.stride(3) == 1 else query.contiguous()
     groups = heads // kv_heads
     grouped = groups * queries
-    plan = _plan(store, rows * kv_heads, max(dim, value_dim))
+    plan = _plan(store, rows * kv_heads)
     pieces = plan.committed - (-tail // plan.piece_tokens)
     partials = query.new_empty(rows * kv_heads * pieces * grouped * (STATS.value + value_dim), dtype=torch.float32)
     scores = None
@@ -653,21 +657,23 @@ def packed_attention(
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
             plan.table, query, tail_keys, tail_values, store.rotation.get("key"), store.centre, mask, scores, partials,
-            states.layer, kv_heads, queries, plan.committed, tail, plan.piece_tokens, plan.pending, scaling, hidden,
-            *query.stride()[:3], *tail_keys.stride()[:2], *tail_values.stride()[:2],
+            states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending, scaling, hidden,
+            *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
-            STAGES=plan.stages, GROUPED=grouped, GROUPS=groups, D=dim, DV=value_dim, ROWS=at_once,
-            TILE=_tile(max(dim, value_dim)), FULL_TYPE=_TYPES[store.full_dtype],
+            STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
+            TILE=TILE, FULL_TYPE=_TYPES[store.full_dtype],
             BOOL=attention_mask is not None and boolean, num_warps=WARPS,
         )  # fmt: skip
         _combine[grouped + plan.pending_pieces, rows * kv_heads](
             plan.table, partials, store.rotation.get("value"), scores, output, variance,
-            states.layer, kv_heads, queries, plan.committed, plan.turned, pieces, plan.pending,
-            GROUPED=grouped, GROUPS=groups, DV=value_dim, num_warps=WARPS,
+            states.layer, kv_heads, groups, queries, plan.committed, plan.turned, pieces, plan.pending,
+            ROWS=triton.next_power_of_2(grouped), DV=value_dim, num_warps=WARPS,
         )  # fmt: skip
     return output.transpose(1, 2), None if variance is None else variance.mean(1)
 
 
-def _rows_in_order(x: torch.Tensor) -> torch.Tensor:
-    """`x` `[B, H, tokens, D]` with its tokens one after another; a tail always is."""
-    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+def _in_vectors(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, H, tokens, D]` as aligned vectors, tokens one after another, as a tail always is."""
+    dim = x.shape[3]
+    ordered = x.stride()[2:] == (dim, 1) and not any(stride % dim for stride in x.stride()[:2])
+    return x if ordered and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
