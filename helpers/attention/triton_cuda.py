@@ -13,6 +13,8 @@ becomes a float by being written into the mantissa of 2^23. One query row a head
 by the tensor cores.
 """
 
+# ruff: noqa: RUF005 (Triton does not unpack tuples inside tuples)
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,10 +93,7 @@ def _plane(raw, BITS: tl.constexpr, plane: tl.constexpr):
 @triton.jit
 def _operand(raw, BITS: tl.constexpr, plane: tl.constexpr, TYPE: tl.constexpr):
     """As `_plane`, for tensor cores: in the type of the numbers, or where they are codes in `TYPE`."""
-    if BITS == FULL:
-        result = raw
-    else:
-        result = _plane(raw, BITS, plane).to(TYPE)
+    result = raw if BITS == FULL else _plane(raw, BITS, plane).to(TYPE)
     return result
 
 
@@ -105,13 +104,12 @@ def _dot(a, x, into):
         into = tl.dot(a, x, into, input_precision="tf32x3")
     else:
         PARTS: tl.constexpr = 2 if x.dtype == tl.float16 else 3
+        # The interpreter multiplies bfloat16 as if it were the integers that hold its bits.
+        EXACT: tl.constexpr = tl.float32 if INTERPRETED else x.dtype
         for _ in tl.static_range(PARTS):
             part = a.to(x.dtype)
             a -= part.to(tl.float32)
-            if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were the integers that hold its bits
-                into = tl.dot(part.to(tl.float32), x.to(tl.float32), into)
-            else:
-                into = tl.dot(part, x, into)
+            into = tl.dot(part.to(EXACT), x.to(EXACT), into)
     return into
 
 
@@ -134,10 +132,7 @@ def _turned_query(query, rotation, D: tl.constexpr, FIRST_ENTRY: tl.constexpr, W
                   PADDED: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """As `_plain_query`, of the rotated query."""
     column = tl.arange(0, PADDED)
-    if DOT:
-        turned = tl.zeros([query.shape[0], PADDED], tl.float32)
-    else:
-        turned = tl.zeros([PADDED], tl.float32)
+    turned = tl.zeros([query.shape[0], PADDED], tl.float32) if DOT else tl.zeros([PADDED], tl.float32)
     for i in tl.static_range((D + CHUNK - 1) // CHUNK):
         entry = i * CHUNK + tl.arange(0, CHUNK)
         matrix = tl.load(
@@ -197,10 +192,7 @@ def _piece(
             if rotation is not None:
                 offset = offset[:, None]
 
-    if DOT:
-        top = tl.full([query.shape[0]], float("-inf"), tl.float32)
-    else:
-        top = tl.full([TILE], float("-inf"), tl.float32)
+    top = tl.full([query.shape[0]], float("-inf"), tl.float32) if DOT else tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros_like(top)
     squares = tl.zeros_like(top)
     seen = tl.zeros_like(top)
@@ -259,14 +251,10 @@ def _piece(
                 visible = visible & (bias > hidden)
                 scores += bias * LOG2E
         scores = tl.where(visible, scores, float("-inf"))
-        if not TAIL:
-            if kept is not None:
-                tl.store(kept + (pending_at + t), scores, mask=inside & row & (pending_at >= 0))
+        if not TAIL and kept is not None:
+            tl.store(kept + (pending_at + t), scores, mask=inside & row & (pending_at >= 0))
 
-        if DOT:
-            highest = tl.maximum(top, tl.max(scores, 1))
-        else:
-            highest = tl.maximum(top, scores)
+        highest = tl.maximum(top, tl.max(scores, 1)) if DOT else tl.maximum(top, scores)
         finite = tl.where(highest == float("-inf"), 0.0, highest)  # exp2(-inf - -inf) is not a number
         shrink = tl.exp2(top - finite)
         top = highest
@@ -283,10 +271,7 @@ def _piece(
         if VALUE_BITS != FULL:
             scale = tl.load(value_scales + 2 * t, mask=inside, other=0).to(tl.float32)
             zero = tl.load(value_scales + 2 * t + 1, mask=inside, other=0).to(tl.float32)
-            if DOT:
-                shift = shift * shrink + tl.sum(weights * zero, 1)
-            else:
-                shift = shift * shrink + weights * zero
+            shift = shift * shrink + tl.sum(weights * zero, 1) if DOT else shift * shrink + weights * zero
             weights = weights * scale
         grown = ()
         for i in tl.static_range(VALUE_PLANES):
@@ -657,7 +642,8 @@ def packed_attention(
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
             plan.table, query, tail_keys, tail_values, store.rotation.get("key"), store.centre, mask, scores, partials,
-            states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending, scaling, hidden,
+            states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
+            scaling, hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
