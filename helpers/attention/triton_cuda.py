@@ -566,6 +566,7 @@ class _Plan:
     turned: int  # of these, the first ones, whose values are rotated
     pending_pieces: int
     pending: int  # slots whose received attention is recorded
+    rotation: dict[str, torch.Tensor]  # row by row: the store's may lie column by column
 
 
 @lru_cache
@@ -600,7 +601,8 @@ def _plan(store: PackedStore, heads: int) -> _Plan:
                     waiting.append(rows[-1])
             pending += bucket.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
-        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending)
+        rotation = {side: matrix.contiguous() for side, matrix in store.rotation.items()}
+        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, rotation)
         store.derived["triton"] = plan
     return plan
 
@@ -641,19 +643,19 @@ def packed_attention(
     at_once = 1 if grouped == 1 else ROWS_PER_PROGRAM
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
-            plan.table, query, tail_keys, tail_values, store.rotation.get("key"), store.centre, mask, scores, partials,
+            plan.table, query, tail_keys, tail_values, plan.rotation.get("key"), store.centre, mask, scores, partials,
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
             scaling, hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
             TILE=TILE, FULL_TYPE=_TYPES[store.full_dtype],
-            BOOL=attention_mask is not None and boolean, num_warps=WARPS,
+            BOOL=attention_mask is not None and boolean, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _combine[grouped + plan.pending_pieces, rows * kv_heads](
-            plan.table, partials, store.rotation.get("value"), scores, output, variance,
+            plan.table, partials, plan.rotation.get("value"), scores, output, variance,
             states.layer, kv_heads, groups, queries, plan.committed, plan.turned, pieces, plan.pending,
-            ROWS=triton.next_power_of_2(grouped), DV=value_dim, num_warps=WARPS,
+            ROWS=triton.next_power_of_2(grouped), DV=value_dim, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return output.transpose(1, 2), None if variance is None else variance.mean(1)
 
