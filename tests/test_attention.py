@@ -218,8 +218,8 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
 
 def test_cases_hold_what_they_are_for():
     """Empty slots, several buckets, both kinds of neighbours: otherwise the test above would pass for nothing."""
-    ragged = {name for name, case in CASES.items() if any(b.ragged for b in build(case)[0].buckets)}
-    assert {"mixed, 3 rows", "cropped", "4 queries, 3 groups"} <= ragged
+    for name in ("mixed, 3 rows", "cropped", "4 queries, 3 groups"):
+        assert any(bucket.ragged for bucket in build(CASES[name])[0].buckets), name
     assert len(build(CASES["mixed"])[0].buckets) == 4
     settled = build(CASES["settled, some kept"])[0]
     assert {b.stage.pending for b in settled.buckets} == {True, False}
@@ -244,7 +244,7 @@ def test_query_strides_do_not_matter(implementation):
     expected, _ = module.packed_attention(query, states, mask, 0.2)
     view = query.transpose(1, 2).contiguous().transpose(1, 2)
     assert not view.is_contiguous()
-    assert torch.equal(module.packed_attention(view, states, mask, 0.2)[0], expected)
+    assert torch.allclose(module.packed_attention(view, states, mask, 0.2)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["commit", "crop", "rows", "settle"])
@@ -295,7 +295,7 @@ def test_what_a_fast_implementation_does_not_serve_goes_to_the_reference(name, c
 def test_a_model_decodes_alike_through_triton_and_through_the_reference(monkeypatch):
     """Every layer, every step, commits in between: the table is made once a block."""
     module = import_module("helpers.attention.triton_cuda")
-    model, ids = tiny_model("llama"), random_ids(1, 32)
+    model, ids = tiny_model("llama"), random_ids(1, 27)
     tables = []
     make = torch.from_numpy
     monkeypatch.setattr(module.torch, "from_numpy", lambda array: tables.append(1) or make(array))
@@ -305,7 +305,7 @@ def test_a_model_decodes_alike_through_triton_and_through_the_reference(monkeypa
         cache = PackedKVCache(model.config, bits=4, block=8)
         with torch.no_grad():
             model(input_ids=ids[:, :20], past_key_values=cache)
-            steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 32)]
+            steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 27)]
         logits.append(torch.cat(steps, 1))
     assert (logits[0] - logits[1]).abs().max() < 1e-4
     assert cache.committed == 24
@@ -347,13 +347,14 @@ def test_without_the_compiler_the_reference_serves_after_one_printed_line(device
 
 
 AHEAD_OF_TIME = """
-import sys
+import os
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from helpers.attention import triton_cuda
 from test_attention import BASE, build, replace
 
+os.environ["TRITON_INTERPRET"] = "0"  # what came with the tests' settings
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.uint8: "*u8"}
 
 class Compiled:
@@ -385,8 +386,9 @@ class Compiled:
 
 triton_cuda._attend, triton_cuda._combine = Compiled(triton_cuda._attend), Compiled(triton_cuda._combine)
 triton_cuda.WIDTHS = (4, 16)
-for groups in (1, 4):
-    states, query, mask = build(replace(BASE, head_dim=64, groups=groups, dtype=torch.bfloat16, bits=4, pending=True))
+shape = replace(BASE, head_dim=64, dtype=torch.bfloat16)
+for case in (replace(shape, pending=True), replace(shape, groups=4, rows=2, padding=(0, 5))):
+    states, query, mask = build(case)
     triton_cuda.packed_attention(query, states, mask, 0.125, record_variance=True)
 """
 

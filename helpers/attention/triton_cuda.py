@@ -212,6 +212,7 @@ def _piece(
         if DOT:
             t = slot[None, :]
         inside = t < stop
+        known = inside & row if DOT else inside
 
         if DOT:
             scores = tl.zeros([query.shape[0], TILE], tl.float32)
@@ -243,7 +244,7 @@ def _piece(
                 position = tl.load(starts + t, mask=inside, other=0) + token.to(tl.int32)
                 visible = visible & (token != NO_TOKEN) & (position < mask_tokens)
         if mask is not None:
-            bias = tl.load(mask + position, mask=visible & row, other=0)
+            bias = tl.load(mask + position, mask=visible & known, other=0)
             if BOOL:
                 visible = visible & (bias != 0)
             else:
@@ -251,8 +252,9 @@ def _piece(
                 visible = visible & (bias > hidden)
                 scores += bias * LOG2E
         scores = tl.where(visible, scores, float("-inf"))
-        if not TAIL and kept is not None:
-            tl.store(kept + (pending_at + t), scores, mask=inside & row & (pending_at >= 0))
+        if not TAIL and kept is not None:  # noqa: SIM102 (one is known at compile time, the other is not)
+            if pending_at >= 0:
+                tl.store(kept + (pending_at + t), scores, mask=known)
 
         highest = tl.maximum(top, tl.max(scores, 1)) if DOT else tl.maximum(top, scores)
         finite = tl.where(highest == float("-inf"), 0.0, highest)  # exp2(-inf - -inf) is not a number
@@ -454,73 +456,83 @@ def _weighted(stats, top, first, stop, column, inside, grouped, WIDTH: tl.conste
     return result
 
 
+@triton.jit
+def _finish(
+    stats, value_rotation, output, variance, r, b, h, kv_heads, groups, queries, turned, pieces, DV: tl.constexpr
+):
+    """Output and variance of query row `r` of one head."""
+    WIDTH: tl.constexpr = STATS + DV
+    PADDED: tl.constexpr = triton.next_power_of_2(DV)
+    grouped = groups * queries
+    rows = r + tl.arange(0, 1)
+    top, total, squares, seen = _totals(stats, rows, rows < grouped, pieces, grouped, WIDTH)
+    top = tl.sum(top, 0)
+    total = tl.sum(total, 0)
+    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    column = tl.arange(0, PADDED)
+    inside = column < DV
+    stats += r * WIDTH
+    result = _weighted(stats, top, turned, pieces, column, inside, grouped, WIDTH)
+    if value_rotation is not None:
+        for at in range(0, DV, CHUNK):
+            entry = at + tl.arange(0, CHUNK)
+            known = entry < DV
+            part = _weighted(stats, top, 0, turned, entry, known, grouped, WIDTH)
+            matrix = tl.load(
+                value_rotation + column[:, None] * DV + entry[None, :],
+                mask=inside[:, None] & known[None, :],
+                other=0,
+            )
+            result += tl.sum(matrix * part[None, :], 1)
+    heads = kv_heads * groups
+    query_head = h * groups + r // queries
+    newest = r % queries
+    place = output + ((b * queries + newest) * heads + query_head) * DV
+    tl.store(place + column, (result * share).to(output.dtype.element_ty), mask=inside)
+    if variance is not None:
+        seen = tl.maximum(tl.sum(seen, 0), 1.0)
+        spread = tl.sum(squares, 0) * share * share / seen - 1.0 / (seen * seen)
+        tl.store(variance + (b * heads + query_head) * queries + newest, tl.maximum(spread, 0.0))
+
+
+@triton.jit
+def _add_received(table, stats, scores, layer, head, grouped, pieces, pending, ROWS: tl.constexpr, DV: tl.constexpr):
+    """Add to the attention received by the tokens of the pending piece that a row of the table describes."""
+    r = tl.arange(0, ROWS)
+    row = r < grouped
+    top, total, _squares, _seen = _totals(stats, r, row, pieces, grouped, STATS + DV)
+    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    place = (layer.to(tl.int64) * tl.num_programs(1) + head) * tl.load(table + CAPACITY) + tl.load(table + START)
+    received = _field(table, RECEIVED, place, tl.float16, 1)
+    kept = scores + (head * grouped + r[:, None]) * pending + tl.load(table + PENDING_AT)
+    stop = tl.load(table + STOP).to(tl.int32)
+    for at in range(tl.load(table + FIRST).to(tl.int32), stop, SLOTS_AT_ONCE):
+        slot = at + tl.arange(0, SLOTS_AT_ONCE)
+        inside = slot < stop
+        score = tl.load(kept + slot[None, :], mask=row[:, None] & inside[None, :], other=float("-inf"))
+        added = tl.sum(tl.exp2(score - top[:, None]) * share[:, None], 0)
+        before = tl.load(received + slot, mask=inside, other=0).to(tl.float32)
+        tl.store(received + slot, (before + added).to(tl.float16), mask=inside)
+
+
 @triton.jit(do_not_specialize=_COMBINE_NUMBERS)
 def _combine(
     table, partials, value_rotation, scores, output, variance,
     layer, kv_heads, groups, queries, committed, turned, pieces, pending,
     ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Second launch, programs `[grouped + pending pieces, rows x kv_heads]`.
-
-    The first of a head each finish one query row: output and variance. The others each add to the attention
-    received by the tokens of one pending piece.
-    """
-    WIDTH: tl.constexpr = STATS + DV
-    PADDED: tl.constexpr = triton.next_power_of_2(DV)
+    """Second launch, programs `[query rows + pending pieces, rows x kv_heads]`: each for one of these of one head."""
     grouped = groups * queries
     job = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    stats = partials + head * pieces * (grouped * WIDTH)
+    stats = partials + head * pieces * (grouped * (STATS + DV))
     if job < grouped:
-        r = job + tl.arange(0, 1)
-        top, total, squares, seen = _totals(stats, r, r < grouped, pieces, grouped, WIDTH)
-        top = tl.sum(top, 0)
-        total = tl.sum(total, 0)
-        share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-        column = tl.arange(0, PADDED)
-        inside = column < DV
-        mine = stats + job * WIDTH
-        result = _weighted(mine, top, turned, pieces, column, inside, grouped, WIDTH)
-        if value_rotation is not None:
-            for at in range(0, DV, CHUNK):
-                entry = at + tl.arange(0, CHUNK)
-                known = entry < DV
-                part = _weighted(mine, top, 0, turned, entry, known, grouped, WIDTH)
-                matrix = tl.load(
-                    value_rotation + column[:, None] * DV + entry[None, :],
-                    mask=inside[:, None] & known[None, :],
-                    other=0,
-                )
-                result += tl.sum(matrix * part[None, :], 1)
         b = head // kv_heads
-        query_head = (head % kv_heads) * groups + job // queries
-        newest = job % queries
-        heads = kv_heads * groups
-        out = output + ((b * queries + newest) * heads + query_head) * DV
-        tl.store(out + column, (result * share).to(output.dtype.element_ty), mask=inside)
-        if variance is not None:
-            seen = tl.maximum(tl.sum(seen, 0), 1.0)
-            spread = tl.sum(squares, 0) * share * share / seen - 1.0 / (seen * seen)
-            tl.store(variance + (b * heads + query_head) * queries + newest, tl.maximum(spread, 0.0))
-    else:
-        if scores is not None:
-            r = tl.arange(0, ROWS)
-            row = r < grouped
-            top, total, squares, seen = _totals(stats, r, row, pieces, grouped, WIDTH)
-            share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-            table += (committed + job - grouped) * COLUMNS
-            capacity = tl.load(table + CAPACITY)
-            place = (layer.to(tl.int64) * tl.num_programs(1) + head) * capacity + tl.load(table + START)
-            received = _field(table, RECEIVED, place, tl.float16, 1)
-            kept = scores + (head * grouped + r[:, None]) * pending + tl.load(table + PENDING_AT)
-            stop = tl.load(table + STOP).to(tl.int32)
-            for at in range(tl.load(table + FIRST).to(tl.int32), stop, SLOTS_AT_ONCE):
-                slot = at + tl.arange(0, SLOTS_AT_ONCE)
-                inside = slot < stop
-                score = tl.load(kept + slot[None, :], mask=row[:, None] & inside[None, :], other=float("-inf"))
-                added = tl.sum(tl.exp2(score - top[:, None]) * share[:, None], 0)
-                before = tl.load(received + slot, mask=inside, other=0).to(tl.float32)
-                tl.store(received + slot, (before + added).to(tl.float16), mask=inside)
+        h = head % kv_heads
+        _finish(stats, value_rotation, output, variance, job, b, h, kv_heads, groups, queries, turned, pieces, DV)
+    elif scores is not None:
+        waiting = table + (committed + job - grouped) * COLUMNS
+        _add_received(waiting, stats, scores, layer, head, grouped, pieces, pending, ROWS, DV)
 
 
 @triton.jit
@@ -566,7 +578,9 @@ class _Plan:
     turned: int  # of these, the first ones, whose values are rotated
     pending_pieces: int
     pending: int  # slots whose received attention is recorded
-    rotation: dict[str, torch.Tensor]  # row by row: the store's may lie column by column
+    # The store's, as rows that lie one after another; theirs need not.
+    rotation: dict[str, torch.Tensor]
+    centre: torch.Tensor | None
 
 
 @lru_cache
@@ -596,13 +610,14 @@ def _plan(store: PackedStore, heads: int) -> _Plan:
             for first in range(0, bucket.slots, piece_tokens):
                 stop = min(first + piece_tokens, bucket.slots)
                 rows.append([stage, bucket.ragged, first, stop, *fixed, 0, 0])
-                turned += bucket.stage.value_bits != FULL_WIDTH
+                turned += bool(store.rotation) and bucket.stage.value_bits != FULL_WIDTH
                 if recorded:
                     waiting.append(rows[-1])
             pending += bucket.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
         rotation = {side: matrix.contiguous() for side, matrix in store.rotation.items()}
-        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, rotation)
+        centre = store.centre.contiguous() if rotation else None
+        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, rotation, centre)
         store.derived["triton"] = plan
     return plan
 
@@ -643,7 +658,7 @@ def packed_attention(
     at_once = 1 if grouped == 1 else ROWS_PER_PROGRAM
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
-            plan.table, query, tail_keys, tail_values, plan.rotation.get("key"), store.centre, mask, scores, partials,
+            plan.table, query, tail_keys, tail_values, plan.rotation.get("key"), plan.centre, mask, scores, partials,
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
             scaling, hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
