@@ -50,7 +50,7 @@ def implementation(request):
 class Case:
     """A cache and a query: what was stored, how, and what has become of it."""
 
-    tokens: int = 72
+    tokens: int = 48
     bits: object = 4  # a width, a pair, or "mixed": each row chooses for each token
     pending: bool = False
     settle: tuple | None = None  # (target, blocks, keep) after a pending commit
@@ -92,7 +92,7 @@ CASES = {
     "settled, some kept, 3 groups": replace(BASE, bits=(8, 4), pending=True, settle=((4, 4), 4, 3), groups=3),
     "settled, 3 rows": replace(BASE, bits=4, pending=True, settle=(2, 4, 3), rows=3, padding=(0, 5, 11)),
     "cropped": replace(BASE, bits="mixed", rows=3, crop=20),
-    "cropped, pending": replace(BASE, bits=8, pending=True, settle=(2, 4, 3), crop=21, groups=3),
+    "cropped, pending": replace(BASE, tokens=72, bits=8, pending=True, settle=(2, 4, 3), crop=21, groups=3),
     "padded": replace(BASE, rows=3, padding=(0, 13, 30)),
     "padded, additive": replace(BASE, rows=3, padding=(0, 13, 30), additive=True, groups=3),
     "padded, mixed": replace(BASE, rows=3, padding=(9, 0, 30), bits="mixed", groups=4),
@@ -107,8 +107,8 @@ CASES = {
     "float16, 3 groups": replace(BASE, dtype=torch.float16, bits="mixed", groups=3),
     "bfloat16": replace(BASE, dtype=torch.bfloat16, bits="mixed"),
     "bfloat16, 3 groups": replace(BASE, dtype=torch.bfloat16, bits="mixed", groups=3, padding=(7,)),
-    "several pieces": replace(BASE, tokens=700, bits=4, then=2, block=64),
-    "several pieces, 3 groups": replace(BASE, tokens=700, bits=8, pending=True, block=64, groups=3),
+    "several pieces": replace(BASE, tokens=690, bits=4, then=2, block=64),
+    "several pieces, 3 groups": replace(BASE, tokens=690, bits=8, pending=True, block=64, groups=3),
 }
 
 
