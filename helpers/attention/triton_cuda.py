@@ -98,6 +98,17 @@ def _operand(raw, BITS: tl.constexpr, plane: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _scale_and_zero(pair, DOT: tl.constexpr):
+    """Two float16 in 32 bits, one pair a token, as float32 `[tokens]`, or `[1, tokens]`."""
+    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    if DOT:
+        scale = scale[None, :]
+        zero = zero[None, :]
+    return scale, zero
+
+
+@triton.jit
 def _dot(a, x, into):
     """`into + a x` on tensor cores, `a` float32: split into parts of `x`'s type, in which codes are exact."""
     if x.dtype == tl.float32:
@@ -208,6 +219,11 @@ def _piece(
         slot = at + tl.arange(0, TILE)
         raw_keys = _load(keys, slot, stop, KEY_WIDTH, KEY_PADDED)
         raw_values = _load(values, slot, stop, VALUE_WIDTH, VALUE_PADDED)
+        # Read as 32 bits because nothing smaller can be on its way while other tiles are worked on.
+        if KEY_BITS != FULL:
+            key_pair = tl.load(key_scales + slot, mask=slot < stop, other=0)
+        if VALUE_BITS != FULL:
+            value_pair = tl.load(value_scales + slot, mask=slot < stop, other=0)
         t = slot
         if DOT:
             t = slot[None, :]
@@ -225,8 +241,7 @@ def _piece(
                 products += planes[i][None, :] * _plane(raw_keys, KEY_BITS, i)
             scores = tl.sum(products, 1)
         if KEY_BITS != FULL:
-            scale = tl.load(key_scales + 2 * t, mask=inside, other=0).to(tl.float32)
-            zero = tl.load(key_scales + 2 * t + 1, mask=inside, other=0).to(tl.float32)
+            scale, zero = _scale_and_zero(key_pair, DOT)
             scores = scores * scale + (zero * sums + offset)
 
         visible = inside
@@ -271,8 +286,7 @@ def _piece(
             squares = squares * shrink * shrink + weights * weights
             seen += (scores > float("-inf")).to(tl.float32)
         if VALUE_BITS != FULL:
-            scale = tl.load(value_scales + 2 * t, mask=inside, other=0).to(tl.float32)
-            zero = tl.load(value_scales + 2 * t + 1, mask=inside, other=0).to(tl.float32)
+            scale, zero = _scale_and_zero(value_pair, DOT)
             shift = shift * shrink + tl.sum(weights * zero, 1) if DOT else shift * shrink + weights * zero
             weights = weights * scale
         grown = ()
@@ -317,15 +331,10 @@ def _piece(
 
 
 @triton.jit
-def _aligned(pointer, NUMBERS: tl.constexpr):
-    """A pointer to the first of vectors of `NUMBERS` numbers in an aligned buffer, known to be as aligned as it is."""
-    return tl.multiple_of(pointer, _alignment(NUMBERS * (pointer.dtype.element_ty.primitive_bitwidth // 8)))
-
-
-@triton.jit
 def _field(table, column, vector, TYPE: tl.constexpr, NUMBERS: tl.constexpr):
     """Pointer to vector number `vector`, of `NUMBERS` numbers each, of a field whose address is in the table."""
-    return _aligned(tl.load(table + column).to(tl.pointer_type(TYPE)) + vector * NUMBERS, NUMBERS)
+    ALIGNED: tl.constexpr = _alignment(NUMBERS * TYPE.primitive_bitwidth // 8)
+    return tl.multiple_of(tl.load(table + column).to(tl.pointer_type(TYPE)) + vector * NUMBERS, ALIGNED)
 
 
 @triton.jit
@@ -348,8 +357,8 @@ def _stored_piece(
     _piece(
         _field(table, KEY_CODES, slot, KEY_TYPE, KEY_NUMBERS),
         _field(table, VALUE_CODES, slot, VALUE_TYPE, VALUE_NUMBERS),
-        _field(table, KEY_SCALES, slot, tl.float16, 2),
-        _field(table, VALUE_SCALES, slot, tl.float16, 2),
+        _field(table, KEY_SCALES, slot, tl.uint32, 1),
+        _field(table, VALUE_SCALES, slot, tl.uint32, 1),
         _field(table, TOKEN, slot, tl.uint8, 1),
         _field(table, BLOCK_START, b * capacity + start, tl.int32, 1),
         tl.load(table + RAGGED), tl.load(table + FIRST).to(tl.int32), tl.load(table + STOP).to(tl.int32),
@@ -395,9 +404,10 @@ def _attend(
     if piece >= committed:
         first = (piece - committed) * piece_tokens
         stop = tl.minimum(first + piece_tokens, tail)
+        BYTES: tl.constexpr = tail_keys.dtype.element_ty.primitive_bitwidth // 8
         _piece(
-            _aligned(tail_keys + (b * keys_row + h * keys_head) * D, D),
-            _aligned(tail_values + (b * values_row + h * values_head) * DV, DV),
+            tl.multiple_of(tail_keys + (b * keys_row + h * keys_head) * D, _alignment(D * BYTES)),
+            tl.multiple_of(tail_values + (b * values_row + h * values_head) * DV, _alignment(DV * BYTES)),
             None, None, None, None, 0, first, stop,
             query, row, None, None, mask, mask_tokens, mask_tokens - tail, hidden, None, 0,
             tail - queries + newest + 1, factor, partial,
@@ -660,7 +670,7 @@ def packed_attention(
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
             plan.table, query, tail_keys, tail_values, plan.rotation.get("key"), plan.centre, mask, scores, partials,
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
-            scaling, hidden,
+            float(scaling), hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
