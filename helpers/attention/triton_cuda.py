@@ -269,7 +269,7 @@ def _piece(
             else:
                 bias = bias.to(tl.float32)
                 visible = visible & (bias > hidden)
-                scores += bias * LOG2E
+                scores += tl.where(visible, bias, 0.0) * LOG2E
         scores = tl.where(visible, scores, float("-inf"))
         if not TAIL and kept is not None:  # noqa: SIM102 (one is known at compile time, the other is not)
             if pending_at >= 0:
