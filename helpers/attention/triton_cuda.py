@@ -5,12 +5,12 @@ head, whatever their widths, and leaves its maximum, sums and weighted values; t
 together. What a launch needs to know of the buckets lies on the device in a table that is made anew only when the
 store changes; nothing is read back. Its constants follow from arithmetic (below): none has been timed on a GPU.
 
-Reading codes is bound by memory only while few instructions are spent on each, about four on an H100 at 4 bits. So
-codes are never put in order: byte `j` of a vector holds numbers `j`, `j + D/2` (at 4 bits), hence each bit field of
-the bytes is a plane of the vector, which meets its own plane of the query and its own plane of the output. A field
-is masked but not shifted, the power of two it is too large by is taken from the query or from the output, and it
-becomes a float by being written into the mantissa of 2^23. One query row a head is served by multiply-adds, several
-by the tensor cores.
+Reading codes is bound by memory only while few instructions are spent on each number: at 4 bits about five on an
+H100 and four on an H200. So codes are never put in order: byte `j` of a vector holds numbers `j` and `j + D/2` (at 4
+bits), hence each bit field of the bytes is a plane of the vector, which meets its own plane of the query and its own
+plane of the output. A field is masked but not shifted, the power of two it is too large by is taken from the query or
+from the output, and it becomes a float by being written into the mantissa of 2^23. One query row a head is served by
+multiply-adds, several by the tensor cores.
 """
 
 # ruff: noqa: RUF005 (Triton does not unpack tuples inside tuples)
@@ -30,7 +30,8 @@ from helpers.quantization import FULL_WIDTH, WIDTHS
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by dense attention
 MAX_HEAD_DIM = 256
-TILE = 32  # tokens that a program expands at a time; twice as many no longer fit its registers
+TILE = 64  # tokens that a program expands at a time for one query row and head_dim up to 64
+SMALL_TILE = 32  # for others, so that registers suffice
 MAX_PIECE = 1024  # tokens: a piece's result is then under 1% of the bytes that were read for it
 PROGRAMS_PER_SM = 4  # least that keep enough bytes on their way to hide the memory's latency
 WARPS = 4
@@ -141,21 +142,24 @@ def _plain_query(query, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, DOT: t
 @triton.jit
 def _turned_query(query, rotation, D: tl.constexpr, FIRST_ENTRY: tl.constexpr, WIDTH: tl.constexpr,
                   PADDED: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """As `_plain_query`, of the rotated query."""
+    """As `_plain_query`, of the rotated query; `rotation` is transposed.
+
+    So the sums run along its rows, and the arrangement of its numbers over threads is not forced on the codes.
+    """
     column = tl.arange(0, PADDED)
     turned = tl.zeros([query.shape[0], PADDED], tl.float32) if DOT else tl.zeros([PADDED], tl.float32)
     for i in tl.static_range((D + CHUNK - 1) // CHUNK):
         entry = i * CHUNK + tl.arange(0, CHUNK)
         matrix = tl.load(
-            rotation + entry[:, None] * D + FIRST_ENTRY + column[None, :],
-            mask=(entry < D)[:, None] & (column < WIDTH)[None, :],
+            rotation + (FIRST_ENTRY + column)[:, None] * D + entry[None, :],
+            mask=(column < WIDTH)[:, None] & (entry < D)[None, :],
             other=0,
         )
         part = _plain_query(query, i * CHUNK, min(CHUNK, D - i * CHUNK), CHUNK, DOT)
         if DOT:
-            turned = tl.dot(part, matrix, turned, input_precision="tf32x3")
+            turned = tl.dot(part, tl.trans(matrix), turned, input_precision="tf32x3")
         else:
-            turned += tl.sum(part[:, None] * matrix, 0)
+            turned += tl.sum(part[None, :] * matrix, 1)
     return turned
 
 
@@ -265,7 +269,7 @@ def _piece(
             else:
                 bias = bias.to(tl.float32)
                 visible = visible & (bias > hidden)
-                scores += bias * LOG2E
+                scores += tl.where(visible, bias, 0.0) * LOG2E
         scores = tl.where(visible, scores, float("-inf"))
         if not TAIL and kept is not None:  # noqa: SIM102 (one is known at compile time, the other is not)
             if pending_at >= 0:
@@ -588,7 +592,7 @@ class _Plan:
     turned: int  # of these, the first ones, whose values are rotated
     pending_pieces: int
     pending: int  # slots whose received attention is recorded
-    # The store's, as rows that lie one after another; theirs need not.
+    # The store's, as rows that lie one after another, which theirs need not; that of keys is transposed.
     rotation: dict[str, torch.Tensor]
     centre: torch.Tensor | None
 
@@ -625,7 +629,8 @@ def _plan(store: PackedStore, heads: int) -> _Plan:
                     waiting.append(rows[-1])
             pending += bucket.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
-        rotation = {side: matrix.contiguous() for side, matrix in store.rotation.items()}
+        turns = {"key": store.rotation["key"].T, "value": store.rotation["value"]} if store.rotation else {}
+        rotation = {side: matrix.contiguous() for side, matrix in turns.items()}
         centre = store.centre.contiguous() if rotation else None
         plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, rotation, centre)
         store.derived["triton"] = plan
@@ -674,7 +679,7 @@ def packed_attention(
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
-            TILE=TILE, FULL_TYPE=_TYPES[store.full_dtype],
+            TILE=TILE if at_once == 1 and max(dim, value_dim) <= 64 else SMALL_TILE, FULL_TYPE=_TYPES[store.full_dtype],
             BOOL=attention_mask is not None and boolean, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _combine[grouped + plan.pending_pieces, rows * kv_heads](
