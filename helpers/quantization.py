@@ -46,7 +46,7 @@ def rotation_matrix(head_dim: int, seed: int = 0) -> torch.Tensor:
         signs = torch.randint(0, 2, (head_dim, 1), generator=generator).double() * 2 - 1
         return signs * hadamard / math.sqrt(head_dim)
     gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q
+    return torch.linalg.qr(gaussian).Q.contiguous()
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,9 +1,14 @@
 """Tiny random models of every supported family, and where shared real models and data lie if there are any."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton decides when it is imported whether it compiles for a GPU or runs kernels in its interpreter, on the CPU.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.attention import use_packed_attention
