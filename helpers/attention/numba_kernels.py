@@ -30,6 +30,12 @@ def _compiled(function):
     return numba.njit(fastmath=MATH, cache=True, nogil=True, error_model="numpy")(function)
 
 
+def _inlined(function):
+    """Compiled anew at each call, so that constant arguments are constants to the compiler: short loops over a vector
+    of known length are vectorized whole, over one of unknown length they fall into the scalar remainder."""
+    return numba.njit(fastmath=MATH, nogil=True, error_model="numpy", inline="always")(function)
+
+
 def _ordered(function):
     """As `_compiled`, with numbers taken to be comparable, or a search for the largest would not vectorize."""
     return numba.njit(fastmath=MATH | {"nnan"}, cache=True, nogil=True, error_model="numpy")(function)
@@ -87,9 +93,8 @@ def _next(typingctx, address):
     return types.int64(types.int64), codegen
 
 
-@_compiled
-def _expand(codes, bits, tokens, dim, bfloat, out):
-    """Codes of `tokens` vectors, one after another, as float32 `[tokens, dim]`; scales are not applied."""
+@_inlined
+def _unpack(codes, bits, tokens, dim, bfloat, out):
     if bits == 4:
         half = dim // 2
         for t in range(tokens):
@@ -122,9 +127,20 @@ def _expand(codes, bits, tokens, dim, bfloat, out):
 
 
 @_compiled
-def _dots(keys, tokens, query, out):
-    """`out[t] = keys[t] . query`, four tokens at a time."""
-    dim = query.shape[0]
+def _expand(codes, bits, tokens, dim, bfloat, out):
+    """Codes of `tokens` vectors, one after another, as float32 `[tokens, dim]`; scales are not applied."""
+    if dim == 64:
+        _unpack(codes, bits, tokens, 64, bfloat, out)
+    elif dim == 128:
+        _unpack(codes, bits, tokens, 128, bfloat, out)
+    elif dim == 32:
+        _unpack(codes, bits, tokens, 32, bfloat, out)
+    else:
+        _unpack(codes, bits, tokens, dim, bfloat, out)
+
+
+@_inlined
+def _dots_of(keys, tokens, query, dim, out):
     t = 0
     while t + 4 <= tokens:
         a = np.float32(0)
@@ -151,9 +167,20 @@ def _dots(keys, tokens, query, out):
 
 
 @_compiled
-def _add_weighted(values, tokens, weights, out):
-    """`out[r] += sum of weights[r, t] * values[t]`: three rows at a time share each load, four tokens each store."""
-    rows, dim = out.shape
+def _dots(keys, tokens, query, out):
+    """`out[t] = keys[t] . query`, four tokens at a time."""
+    dim = query.shape[0]
+    if dim == 64:
+        _dots_of(keys, tokens, query, 64, out)
+    elif dim == 128:
+        _dots_of(keys, tokens, query, 128, out)
+    else:
+        _dots_of(keys, tokens, query, dim, out)
+
+
+@_inlined
+def _add_weighted_of(values, tokens, weights, dim, out):
+    rows = out.shape[0]
     fours = tokens // 4
     r = 0
     while r + 3 <= rows:
@@ -186,6 +213,18 @@ def _add_weighted(values, tokens, weights, out):
             for j in range(dim):
                 x[j] += x0 * values[t, j]
         r += 1
+
+
+@_compiled
+def _add_weighted(values, tokens, weights, out):
+    """`out[r] += sum of weights[r, t] * values[t]`: three rows at a time share each load, four tokens each store."""
+    dim = out.shape[1]
+    if dim == 64:
+        _add_weighted_of(values, tokens, weights, 64, out)
+    elif dim == 128:
+        _add_weighted_of(values, tokens, weights, 128, out)
+    else:
+        _add_weighted_of(values, tokens, weights, dim, out)
 
 
 @_compiled
