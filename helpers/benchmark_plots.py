@@ -4,11 +4,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from helpers.plots import GROUP_STYLES
 
 COLUMNS_WIDE = 3
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":", (0, (1, 4)))
 LABELS = {"attention": "attention of one layer", "decode": "decoding a token"}
 
 
@@ -36,8 +37,12 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         contexts = sorted(part["context"].unique())
-        axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else str(c) for c in contexts])
+        axes.set_xticks(contexts, [_short(context) for context in contexts])
         axes.minorticks_off()
+        low, high_end = axes.get_ylim()
+        if high_end < 30 * low:  # one power of ten would be the only number on the axis
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{LABELS[kind]}\n{shape}, batch {batch}", loc="left", fontsize=9)
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("ms")
@@ -52,9 +57,9 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
-def _looks(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+def _looks(table: pd.DataFrame) -> dict[str, dict[str, object]]:
     """The colour and marker of each method's group; members of a group differ in dashes."""
-    looks: dict[str, dict[str, str]] = {}
+    looks: dict[str, dict[str, object]] = {}
     members: dict[str, int] = {}
     for name, group in table.drop_duplicates("method")[["method", "group"]].itertuples(index=False):
         number = members.setdefault(group, 0)
@@ -64,13 +69,17 @@ def _looks(table: pd.DataFrame) -> dict[str, dict[str, str]]:
     return looks
 
 
+def _short(context: int) -> str:
+    return f"{context // 1024}k" if context % 1024 == 0 else str(context)
+
+
 def _finding(table: pd.DataFrame) -> str:
     ours = table[(table["method"] == "static 4-bit") & table["ratio"].notna()]
     if ours.empty:
         return "Time against context"
     longest = ours.sort_values(["kind", "context"]).drop_duplicates("kind", keep="last")
-    parts = [f"{row.ratio:.2f} ({row.kind}, {row.context:,} tokens)" for row in longest.itertuples()]
-    return f"4-bit over DynamicCache, time: {' and '.join(parts)}"
+    parts = [f"{row.ratio:.2f} ({row.kind}, {_short(row.context)})" for row in longest.itertuples()]
+    return f"Time of 4-bit over DynamicCache's: {' and '.join(parts)}"
 
 
 def _subtitle(table: pd.DataFrame) -> str:

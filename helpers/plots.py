@@ -325,7 +325,7 @@ def _number_points(axes: plt.Axes, points: np.ndarray) -> None:
 
 def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subtitle: str) -> Figure:
     """Live bytes and time per token against context length, one line a method; `styles`: method -> group."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.5))
     _heading(figure, title, subtitle)
     dashes = ("-", "--", "-.", ":")
     for number, (name, part) in enumerate(table.groupby("method", sort=False)):
@@ -343,7 +343,7 @@ def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subt
     for axes in (left, right):
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0 if axes is right else None)
-    left.legend(frameon=False, fontsize=7.5, loc="upper left")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 

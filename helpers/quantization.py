@@ -14,6 +14,7 @@ WIDTHS = (2, 4, 8, 16)
 FULL_WIDTH = 16
 # Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
 STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
+SEARCHED_AT_ONCE = 2**17  # numbers, all steps together: few operations for a block, nothing large for a prompt
 
 
 def check_width(bits: int, name: str = "bits") -> int:
@@ -92,13 +93,15 @@ def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Ten
         middle, half = (low + high) / 2, (high - low) / 2
         best_error = torch.full_like(low, torch.inf)
         best_half = half
-        for share in STEP_SEARCH:
-            candidate = half * share
-            scale, zero = 2 * candidate / levels, middle - candidate
-            error = (_round_to_grid(x, scale, zero, bits) * scale + zero - x).square().sum(-1, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_half = torch.where(better, candidate, best_half)
+        at_once = max(1, SEARCHED_AT_ONCE // max(1, x.numel()))
+        for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
+            candidates = half * shares.view(-1, *[1] * x.ndim)
+            scale, zero = 2 * candidates / levels, middle - candidates
+            error = (_round_to_grid(x, scale, zero, bits) * scale + zero - x).square_().sum(-1, keepdim=True)
+            error, which = error.min(0, keepdim=True)
+            better = error[0] < best_error
+            best_error = torch.where(better, error[0], best_error)
+            best_half = torch.where(better, candidates.gather(0, which)[0], best_half)
         low, high = middle - best_half, middle + best_half
     scales = torch.cat([(high - low) / levels, low], dim=-1).to(torch.float16)
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
