@@ -88,8 +88,10 @@ def headline_table() -> str:
          interval(table.loc[learned], "accuracy_change", 2, 100, sign=True), compare],
         ["the entropy rule's KL minus that of its own widths at random",
          paired("rule-based dynamic", "random as rule-based dynamic"), compare],
+        *_decode_rows(),
         ["gate aimed at 20%: tokens of the large model (%)", interval(usage, "usage", 1), "notebook 05"],
-        ["its speed-up over the large model", interval(speed.loc["speedup vs large"], "value", 2), "notebook 05"],
+        [f"speed-up of a gate at {100 * speed.loc['usage', 'value']:.0f}% over the large model",
+         interval(speed.loc["speedup vs large"], "value", 2), "notebook 05"],
         ["... over assisted generation", interval(speed.loc["speedup vs assisted"], "value", 2), "notebook 05"],
         ["share of the ideal speed-up that arrives (bar: 0.85)", f"{share:.2f}",
          "`main.py gate-bench --pair embedded`"],
@@ -97,6 +99,22 @@ def headline_table() -> str:
          interval(gains.loc["entropy"], "gain", 3, sign=True), "`main.py gate-fidelity`"],
     ]  # fmt: skip
     return markdown_table(["result", "value [95% interval]", "from"], rows)
+
+
+def _decode_rows() -> list[list[str]]:
+    """Time of a decode step over DynamicCache's at the longest context that was measured on a CPU; none without it."""
+    try:
+        table = load_benchmarks(BENCHMARKS)
+    except FileNotFoundError:
+        return []
+    table = table[(table["kind"] == "decode") & (table["dtype"] == "float32") & table["ratio"].notna()]
+    rows = []
+    for method in ("static 4-bit", "learned 8-4-2"):
+        longest = table[table["method"] == method].nlargest(1, "context")
+        for _, row in longest.iterrows():
+            what = f"{method}: time of a decode step after {row['context']:,} tokens, over `DynamicCache`'s"
+            rows.append([f"{what} ({row['shape']} shape, CPU)", interval(row, "ratio", 2), "`main.py bench`"])
+    return rows
 
 
 def quality_table(name: str) -> str:
