@@ -144,11 +144,13 @@ class PolicyDriver(LogitsProcessor):
 
     def _surprisal(self, token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What each token cost under the prediction before it; the first of a text had none and gets 0."""
+        before, self.last_logits = self.last_logits, logits[:, -1]
+        if before is not None and token_ids.shape[1] == 1:
+            return surprisal(before[:, None], token_ids)
         result = surprisal(logits[:, :-1], token_ids[:, 1:])
         first = torch.zeros_like(result[:, :1]) if token_ids.shape[1] > 1 else logits.new_zeros(len(logits), 1)
-        if self.last_logits is not None:
-            first = surprisal(self.last_logits, token_ids[:, 0])[:, None]
-        self.last_logits = logits[:, -1]
+        if before is not None:
+            first = surprisal(before, token_ids[:, 0])[:, None]
         return torch.cat([first.to(result.dtype), result], dim=1)
 
     def _commit_ready(self) -> None:
