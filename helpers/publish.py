@@ -45,6 +45,7 @@ FAST_PARAMETERS: dict[str, dict[str, object]] = {
     "05_gated_generation": {
         "PROMPTS": 4,
         "TUNING": 3,
+        "CUTS": (50,),
         "NEW_TOKENS": 12,
         "TARGETS": (0.2, 0.5),
         "SWEEP": (0.2,),

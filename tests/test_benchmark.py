@@ -348,7 +348,7 @@ def test_the_figure_shows_one_machine(tmp_path):
     assert isinstance(figure, Figure)
     texts = [text.get_text() for text in figure.texts]
     assert any("a machine, 2 threads" in text for text in texts)
-    assert "0.50 (attention, 4,096 tokens) and 0.50 (decode, 4,096 tokens)" in figure.get_suptitle()
+    assert "0.50 (attention, 4k) and 0.50 (decode, 4k)" in figure.get_suptitle()
     assert [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes] == [
         "attention of one layer", "decoding a token",
     ]  # fmt: skip
