@@ -6,6 +6,7 @@ widths and scores; it knows nothing of the cache. The random controls are member
 that every comparison can include them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,7 +39,7 @@ class Step:
             raise ValueError(f"keep must be a share between 0 and 1, got {self.keep}")
 
 
-class Policy:
+class Policy(ABC):
     """What the driver needs of a policy; `widths` is what every policy defines."""
 
     name: str = "policy"  # short, for tables and figures
@@ -48,16 +49,16 @@ class Policy:
     steps: tuple[Step, ...] = ()  # what happens to a block after its commit
     start_counts: TokenCounts | None = None  # token counts from which its rarity goes on
 
+    @abstractmethod
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor | Widths:
         """Width of each token, integer `[batch, tokens]`, or one width (or key and value pair) for all."""
-        raise NotImplementedError
 
     def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
         """Which tokens to keep when blocks settle, highest first: `[L, B, H, slots]`.
 
-        `features` are those of the slots' tokens, `[B, slots]`.
+        `features` are those of the slots' tokens, `[B, slots]`. Raises `RuntimeError` where a policy has no ranking.
         """
-        raise NotImplementedError(f"{self.name} keeps tokens but does not rank them")
+        raise RuntimeError(f"{self.name} keeps tokens but does not rank them")
 
 
 @dataclass(frozen=True)
