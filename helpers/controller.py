@@ -370,11 +370,12 @@ def train_settle(
 
 @dataclass
 class LearnedController(Policy):
-    """Policy of a commit network, a settle network, or both.
+    """Policy of a commit network, or of a schedule and a settle network.
 
     With `steps` blocks are committed at `commit` and move on with age as in `AgeSchedule`, the settle network
     choosing what each head keeps. Without, the commit network gives each token its width; `price` (per bit, in units
-    of log-probability) moves the average, see `at_average`.
+    of log-probability) moves the average, see `at_average`. The two exclude each other, since only blocks of one
+    width can be settled. Raises `ValueError` for a combination that has no meaning.
     """
 
     commit_net: Network | None = None
@@ -389,6 +390,11 @@ class LearnedController(Policy):
     def __post_init__(self):
         if self.steps:
             check_steps(self.steps)
+            if self.commit_net is not None:
+                raise ValueError(
+                    "a commit network and steps exclude each other: it gives the tokens of a block several widths, and "
+                    "only blocks of one width can be settled"
+                )
             if self.settle_net is None and self.steps[-1].keep:
                 raise ValueError("steps that keep tokens need a settle network")
         elif self.commit_net is None:
@@ -439,7 +445,7 @@ class LearnedController(Policy):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return self.commit_net.features if self.commit_net and not self.steps else ()
+        return self.commit_net.features if self.commit_net else ()
 
     @property
     def needs_received(self) -> bool:

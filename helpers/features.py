@@ -19,18 +19,40 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     >>> round(entropy(torch.zeros(4)).item(), 4)  # uniform over 4: ln 4
     1.3863
     """
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    return (log_p.exp() * -log_p.nan_to_num(neginf=0.0)).sum(dim=-1).clamp(min=0)
+    return entropy_of(log_probabilities(logits))
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
     """Largest next-token probability, `max p`; `[..., vocabulary]` to `[...]` in float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1).amax(dim=-1)
+    return confidence_of(log_probabilities(logits))
 
 
 def surprisal(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """`-ln p` of the tokens `[...]` under the predictions `[..., vocabulary]` made before them, in float32 at least."""
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    return surprisal_of(log_probabilities(logits), token_ids)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """`ln p` of the next-token distributions `[..., vocabulary]`, in float32 at least.
+
+    Whoever wants several features of one prediction computes it once, for the three functions below.
+    """
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
+    """`entropy` of log-probabilities `[..., vocabulary]`."""
+    lowest = torch.finfo(log_p.dtype).min  # in place of -inf: p ln p is 0 where p is 0
+    return -(log_p.exp() * log_p.clamp(min=lowest)).sum(dim=-1).clamp(max=0)
+
+
+def confidence_of(log_p: torch.Tensor) -> torch.Tensor:
+    """`confidence` of log-probabilities `[..., vocabulary]`."""
+    return log_p.amax(dim=-1).exp()
+
+
+def surprisal_of(log_p: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """`surprisal` of tokens `[...]` under log-probabilities `[..., vocabulary]`."""
     return -log_p.gather(-1, token_ids[..., None])[..., 0]
 
 

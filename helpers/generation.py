@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.features import TokenCounts, TokenFeatures, confidence, entropy, surprisal
+from helpers.features import TokenCounts, TokenFeatures, confidence_of, entropy_of, log_probabilities, surprisal_of
 from helpers.kv_cache import PackedKVCache, width_pair
 from helpers.memory import explain_out_of_memory
 from helpers.packed_store import Demotion
@@ -70,7 +70,7 @@ class PolicyDriver(LogitsProcessor):
         """Forget the text; call it together with `cache.reset()`."""
         self.row_counts: list[TokenCounts] | None = None
         self.latest = TokenFeatures()  # of the tokens observed last
-        self.last_logits: torch.Tensor | None = None  # [B, vocabulary], where surprisal is wanted
+        self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
         self.features = TokenFeatures()  # of the tokens in the tail
         self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
@@ -94,7 +94,7 @@ class PolicyDriver(LogitsProcessor):
         length = self.cache.get_seq_length() - tokens
         if "surprisal" in self.wanted and last_logits is None and length:
             raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
-        self.last_logits = last_logits
+        self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
         self.cache.crop(-tokens)
         committed = self.cache.committed
         if self.token_ids is not None:
@@ -132,26 +132,24 @@ class PolicyDriver(LogitsProcessor):
 
     def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
         """Take note of tokens `[B, n]` just read by the model and the logits `[B, n, vocabulary]` that came of them."""
+        log_p = log_probabilities(logits) if self.wanted & {"entropy", "confidence", "surprisal"} else None
         self.latest = TokenFeatures(
-            entropy=entropy(logits) if "entropy" in self.wanted else None,
-            confidence=confidence(logits) if "confidence" in self.wanted else None,
+            entropy=entropy_of(log_p) if "entropy" in self.wanted else None,
+            confidence=confidence_of(log_p) if "confidence" in self.wanted else None,
             attn_var=self.cache.attention_variance if "attn_var" in self.wanted else None,
-            surprisal=self._surprisal(token_ids, logits) if "surprisal" in self.wanted else None,
+            surprisal=self._surprisal(token_ids, log_p) if "surprisal" in self.wanted else None,
         )
         self.features = self.features.append(self.latest)
         self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
         self._commit_ready()
 
-    def _surprisal(self, token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def _surprisal(self, token_ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         """What each token cost under the prediction before it; the first of a text had none and gets 0."""
-        before, self.last_logits = self.last_logits, logits[:, -1]
-        if before is not None and token_ids.shape[1] == 1:
-            return surprisal(before[:, None], token_ids)
-        result = surprisal(logits[:, :-1], token_ids[:, 1:])
-        first = torch.zeros_like(result[:, :1]) if token_ids.shape[1] > 1 else logits.new_zeros(len(logits), 1)
-        if before is not None:
-            first = surprisal(before, token_ids[:, 0])[:, None]
-        return torch.cat([first.to(result.dtype), result], dim=1)
+        before, self.last_log_p = self.last_log_p, log_p[:, -1]
+        first = log_p.new_zeros(len(log_p), 1) if before is None else surprisal_of(before, token_ids[:, 0])[:, None]
+        if token_ids.shape[1] == 1:
+            return first
+        return torch.cat([first, surprisal_of(log_p[:, :-1], token_ids[:, 1:])], dim=1)
 
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:

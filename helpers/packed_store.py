@@ -244,13 +244,17 @@ class PackedStore:
         bytes_per_vector(states.shape[-1], bits)
         if bits == FULL_WIDTH:
             return {f"{side}_codes": states.to(self.full_dtype).contiguous().view(torch.uint8)}
-        x = states.to(self.dtype)
+        codes, scales = self._quantize(self._turned(states.to(self.dtype), side), bits)
+        return {f"{side}_codes": codes, f"{side}_scales": scales}
+
+    def _turned(self, x: torch.Tensor, side: str) -> torch.Tensor:
+        """States `[L, B, H, n, D]` in the coordinates in which they are quantized: centred and rotated."""
         if side == "key" and self.centre is not None:
             x = x - self.centre[:, :, :, None]
-        if self.rotation:
-            x = x @ self.rotation[side]
-        codes, scales = quantize(x, bits, search=self.quantizer == "rotated")
-        return {f"{side}_codes": codes, f"{side}_scales": scales}
+        return x @ self.rotation[side] if self.rotation else x
+
+    def _quantize(self, x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize(x, bits, search=self.quantizer == "rotated")
 
     def read(self, content: dict[str, torch.Tensor], side: str, bits: int) -> torch.Tensor:
         """The numbers that are stored: at 16 bits the states themselves, below that their centred, rotated form."""
@@ -273,8 +277,12 @@ class PackedStore:
     def relative_error(self, states: torch.Tensor, side: str, bits: int) -> torch.Tensor:
         """Squared error of storing `states` `[L, B, H, n, D]` at `bits`, over their squared length: `[L, B, H, n]`."""
         x = states.to(self.dtype)
-        error = (self.decode(self.encode(x, side, bits), side, bits, slice(None)) - x).square().sum(-1)
-        return error / x.square().sum(-1).clamp(min=1e-12)
+        if bits == FULL_WIDTH:
+            change = states.to(self.full_dtype).to(self.dtype) - x
+        else:
+            turned = self._turned(x, side)  # where distances are the same
+            change = dequantize(*self._quantize(turned, bits), bits, self.dtype) - turned
+        return change.square_().sum(-1) / x.square().sum(-1).clamp(min=1e-12)
 
     def commit(
         self,
@@ -415,7 +423,7 @@ class PackedStore:
             coded = self.encode(before, side, new)
         else:  # both widths code the same centred, rotated numbers
             before = self.read(content, side, old)
-            codes, scales = quantize(before, new, search=self.quantizer == "rotated")
+            codes, scales = self._quantize(before, new)
             coded = {f"{side}_codes": codes, f"{side}_scales": scales}
         error = None
         if want_error:

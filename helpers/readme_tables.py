@@ -217,14 +217,14 @@ def gate_sizes_table() -> str:
         sizes = " + ".join(f"{weights[name] / 1e6:.2f} M" for name in ("small", "large"))
         name = f"{pair} ({sizes})" if pair == "embedded" else pair
         ms = [result["ms_per_token"][key] for key in ("small", "large", "gated")]
-        times = " / ".join(f"{each:,.0f}" if each >= 100 else f"{each:.2f}" for each in ms)
+        times = " / ".join(f"{each:,.0f}" if each >= 20 else f"{each:.2f}" for each in ms)
         rows.append([
-            f"{name}, {result['settings']['prompts']} prompts", times, f"{speed['usage']:.1%}",
-            interval(pd.Series(speed), "speedup", 2), f"{speed['ideal']:.2f}", f"{speed['share']:.2f}",
-            f"{speed['share_with_prompt']:.2f}",
+            f"{name}, {result['settings']['prompts']} prompts", result["provenance"]["threads"], times,
+            f"{speed['usage']:.1%}", interval(pd.Series(speed), "speedup", 2), f"{speed['ideal']:.2f}",
+            f"{speed['share']:.2f}", f"{speed['share_with_prompt']:.2f}",
         ])  # fmt: skip
-    header = ["pair", "ms per token: small / large / gated", "usage", "speed-up", "ideal 1/(c + p)", "share of it",
-              "once the prompt is counted"]  # fmt: skip
+    header = ["pair", "threads", "ms per token: small / large / gated", "usage", "speed-up", "ideal 1/(c + p)",
+              "share of it", "once the prompt is counted"]  # fmt: skip
     return markdown_table(header, rows)
 
 

@@ -24,6 +24,7 @@ GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("numba_cpu", "cpu"), id="numba"),
+    pytest.param(("numba_cpu", "cpu", 2), id="numba, 2 threads"),
     pytest.param(
         ("triton_cuda", "cpu"),
         id="triton interpreted",
@@ -39,11 +40,14 @@ ABSOLUTE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # o
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     """The module of an implementation and the device on which it runs."""
-    name, device = request.param
+    name, device, *threads = request.param
     module = import_module(f"helpers.attention.{name}")
     if hasattr(module, "prepare"):
         module.prepare()
-    return module, device
+    before = torch.get_num_threads()
+    torch.set_num_threads(*threads or [1])
+    yield module, device
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -304,8 +308,8 @@ def test_a_model_decodes_alike_through_triton_and_through_the_reference(monkeypa
         monkeypatch.setattr(attention, "implementation", lambda device, chosen=chosen: chosen)
         cache = PackedKVCache(model.config, bits=4, block=8)
         with torch.no_grad():
-            model(input_ids=ids[:, :20], past_key_values=cache)
-            steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 27)]
+            model(input_ids=ids[:, :20], cache=cache)
+            steps = [model(input_ids=ids[:, i : i + 1], cache=cache).logits for i in range(20, 27)]
         logits.append(torch.cat(steps, 1))
     assert (logits[0] - logits[1]).abs().max() < 1e-4
     assert cache.committed == 24

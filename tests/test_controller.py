@@ -255,6 +255,9 @@ def test_controllers_without_what_they_need_are_refused(folder):
         LearnedController()
     with pytest.raises(ValueError, match="steps that keep tokens need a settle network"):
         LearnedController(steps=QUALITY_SCHEDULE[1])
+    commit_net = LearnedController.load(folder, "seed").commit_net
+    with pytest.raises(ValueError, match="a commit network and steps exclude each other"):
+        LearnedController(commit_net, steps=(Step(2, 4),))
 
 
 def test_rate_distortion_of_blind_and_knowing_widths(table):

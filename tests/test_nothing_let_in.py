@@ -410,7 +410,7 @@ def imported(paths) -> set[str]:
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 LOCAL = {"helpers", "main", *(path.stem for path in TESTS)}
 # Asked for without being imported by this project: commands, and what other packages load.
-TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "ruff"}
+TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "pytest-xdist", "ruff"}
 
 
 KNOWN = packages_distributions()
