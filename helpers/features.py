@@ -137,13 +137,14 @@ class TokenFeatures:
         """Features of the tokens from `start` up to `stop` (None: to the end)."""
         return self._map(lambda value: value[:, start:stop])
 
-    def append(self, other: "TokenFeatures") -> "TokenFeatures":
-        """These tokens followed by those of `other`."""
-        both = {}
-        for f in fields(self):
-            parts = [x for x in (getattr(self, f.name), getattr(other, f.name)) if x is not None]
-            both[f.name] = torch.cat(parts, dim=1) if parts else None
-        return TokenFeatures(**both)
+    @staticmethod
+    def join(parts: "Iterable[TokenFeatures]") -> "TokenFeatures":
+        """The tokens of all `parts`, one after another."""
+        parts, joined = list(parts), {}
+        for f in fields(TokenFeatures):
+            known = [value for part in parts if (value := getattr(part, f.name)) is not None]
+            joined[f.name] = torch.cat(known, dim=1) if known else None
+        return TokenFeatures(**joined)
 
     def _map(self, function) -> "TokenFeatures":
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -71,12 +71,23 @@ class PolicyDriver(LogitsProcessor):
         self.row_counts: list[TokenCounts] | None = None
         self.latest = TokenFeatures()  # of the tokens observed last
         self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
-        self.features = TokenFeatures()  # of the tokens in the tail
+        self.features = TokenFeatures()
         self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
         self.pending = TokenFeatures()  # of committed tokens from position `pending_start` on, for settling
         self.pending_start = 0
         self.committed_ids: list[torch.Tensor] = []  # where rarity counts them, [B, tokens] each
+
+    @property
+    def features(self) -> TokenFeatures:
+        """Of the tokens in the tail."""
+        if len(self._parts) > 1:  # joined when somebody looks, not at every token
+            self._parts = [TokenFeatures.join(self._parts)]
+        return self._parts[0]
+
+    @features.setter
+    def features(self, features: TokenFeatures) -> None:
+        self._parts = [features]
 
     def crop(self, tokens: int, last_logits: torch.Tensor | None = None) -> None:
         """Take back the newest `tokens` tokens: from the cache and from all notes made of them.
@@ -139,7 +150,7 @@ class PolicyDriver(LogitsProcessor):
             attn_var=self.cache.attention_variance if "attn_var" in self.wanted else None,
             surprisal=self._surprisal(token_ids, log_p) if "surprisal" in self.wanted else None,
         )
-        self.features = self.features.append(self.latest)
+        self._parts.append(self.latest)
         self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
         self._commit_ready()
 
@@ -157,7 +168,7 @@ class PolicyDriver(LogitsProcessor):
             self._doubt_logits(features)
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
             if self.policy.needs_settled:
-                self.pending = self.pending.append(features)
+                self.pending = TokenFeatures.join([self.pending, features])
             if self.row_counts is not None:
                 self.committed_ids.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
@@ -350,7 +361,7 @@ def _decode(
     seed: int,
 ) -> DecodeResult:
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
-    latencies, hits, collected = [], [], TokenFeatures()
+    latencies, hits, collected = [], [], []
     text, logits = input_ids, None
     if not forced:
         logits = model(input_ids=input_ids, cache=cache).logits
@@ -377,11 +388,12 @@ def _decode(
         synchronise(input_ids.device)
         latencies.append((time.perf_counter() - started) * 1000)
         if driver is not None:
-            collected = collected.append(driver.latest)
+            collected.append(driver.latest)
         logits = logits[:, -1]
         if forced and step + 1 < input_ids.shape[1]:
             hits.append(logits.argmax(-1) == input_ids[:, step + 1])
-    return DecodeResult(text, latencies, torch.stack(hits, dim=1) if hits else None, collected)
+    correct = torch.stack(hits, dim=1) if hits else None
+    return DecodeResult(text, latencies, correct, TokenFeatures.join(collected))
 
 
 def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:

@@ -96,8 +96,10 @@ def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Ten
         at_once = max(1, SEARCHED_AT_ONCE // max(1, x.numel()))
         for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
             candidates = half * shares.view(-1, *[1] * x.ndim)
-            scale, zero = 2 * candidates / levels, middle - candidates
-            error = (_round_to_grid(x, scale, zero, bits) * scale + zero - x).square_().sum(-1, keepdim=True)
+            step = 2 * candidates / levels
+            places = (x - (middle - candidates)).div_(torch.where(step > 0, step, 1))
+            missed = places.round().clamp_(0, levels).sub_(places)
+            error = torch.linalg.vector_norm(missed, dim=-1, keepdim=True) * step
             error, which = error.min(0, keepdim=True)
             better = error[0] < best_error
             best_error = torch.where(better, error[0], best_error)
