@@ -14,7 +14,8 @@ WIDTHS = (2, 4, 8, 16)
 FULL_WIDTH = 16
 # Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
 STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
-SEARCHED_AT_ONCE = 2**17  # numbers, all steps together: few operations for a block, nothing large for a prompt
+SEARCHED_AT_ONCE = 2**17  # numbers, all steps together: few operations for a block
+CHUNK = 2**18  # numbers of a prompt that a CPU quantizes at once, so that all that is made of them stays in its caches
 
 
 def check_width(bits: int, name: str = "bits") -> int:
@@ -87,6 +88,14 @@ def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Ten
     zero; a code `c` stands for `zero + scale * c`. The grid spans minimum to maximum; at 2 bits with `search` it is
     shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8.
     """
+    if x.device.type == "cpu" and x.numel() > CHUNK:
+        vectors = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1]))
+        codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search) for part in vectors)))
+        return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
+    return _quantize(x, bits, search)
+
+
+def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     levels = 2**bits - 1
     if bits == 2 and search:
@@ -115,4 +124,4 @@ def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Ten
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `quantize` up to its error: `[..., n]` in `dtype`."""
     scale, zero = scales.to(dtype).split(1, dim=-1)
-    return unpack_codes(packed, bits).to(dtype) * scale + zero
+    return unpack_codes(packed, bits).to(dtype).mul_(scale).add_(zero)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import quantization
 from helpers.quantization import (
     WIDTHS,
     bytes_per_vector,
@@ -79,3 +80,16 @@ def test_head_dim_that_does_not_fill_bytes_is_refused():
     with pytest.raises(ValueError, match="head_dim must be a multiple of 4"):
         bytes_per_vector(30, 2)
     assert [bytes_per_vector(64, bits) for bits in WIDTHS] == [16, 32, 64, 128]
+
+
+def test_a_prompt_is_quantized_as_its_blocks_are(monkeypatch):
+    """A CPU cuts what is large into pieces: vectors do not notice."""
+    x = torch.randn(3, 5, 7, 32, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4, 8):
+        whole = quantize(x, bits)
+        monkeypatch.setattr(quantization, "CHUNK", 10 * 32)
+        pieces = quantize(x, bits)
+        monkeypatch.undo()
+        assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+        assert pieces[0].shape == (3, 5, 7, 32 * bits // 8)
+        assert pieces[1].shape == (3, 5, 7, 2)
