@@ -78,7 +78,7 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _round_to_grid(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return ((x - zero) / safe).round_().clamp_(0, 2**bits - 1)
+    return (x - zero).div_(safe).round_().clamp_(0, 2**bits - 1)
 
 
 def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +105,8 @@ def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, t
         at_once = max(1, SEARCHED_AT_ONCE // max(1, x.numel()))
         for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
             candidates = half * shares.view(-1, *[1] * x.ndim)
-            step = 2 * candidates / levels
-            places = (x - (middle - candidates)).div_(torch.where(step > 0, step, 1))
-            missed = places.round().clamp_(0, levels).sub_(places)
-            error = torch.linalg.vector_norm(missed, dim=-1, keepdim=True) * step
+            scale, zero = 2 * candidates / levels, middle - candidates
+            error = _round_to_grid(x, scale, zero, bits).mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
             error, which = error.min(0, keepdim=True)
             better = error[0] < best_error
             best_error = torch.where(better, error[0], best_error)
