@@ -14,7 +14,7 @@ WIDTHS = (2, 4, 8, 16)
 FULL_WIDTH = 16
 # Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
 STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
-SEARCHED_AT_ONCE = 2**17  # numbers, all steps together: few operations for a block
+SEARCHED_AT_ONCE = 2**18  # numbers, all steps together: few operations for a block
 CHUNK = 2**18  # numbers of a prompt that a CPU quantizes at once, so that all that is made of them stays in its caches
 
 
