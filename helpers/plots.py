@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from helpers.files import atomic_path
 from helpers.packed_store import CENTRE_TOKENS
@@ -215,6 +216,7 @@ def learning_curves(histories: dict[str, object], title: str, subtitle: str) -> 
         axes.plot(history.best, history.validation[history.best], "o", color=colour, markersize=5)
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(panels)[0].set_ylabel("loss")
     np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8)
