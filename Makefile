@@ -7,7 +7,7 @@ export PRESET
 .PHONY: run test lab lint clean
 
 run: .venv/ready
-	$(BIN)/python -m helpers.publish
+	$(BIN)/python -m helpers.publishing
 
 test: .venv/ready
 	$(BIN)/ruff check .

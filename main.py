@@ -12,12 +12,15 @@ SHARED_COMMANDS = ("collect", "compare")  # whose work `accelerate launch` or `t
 
 
 def collect(options: argparse.Namespace) -> None:
-    from helpers.collection import collect, summarise
-    from helpers.corpora import load_multiple_choice, sample_texts
-    from helpers.files import relative_to_root
-    from helpers.models import encode, get_preset, load_model
-    from helpers.policies import EntropyRule
-    from helpers.processes import is_main_process, one_first
+    from helpers.io.paths import relative_to_root
+    from helpers.io.processes import is_main_process, one_first
+    from helpers.models.items import load_multiple_choice, sample_texts
+    from helpers.models.loading import load_model
+    from helpers.models.presets import get_preset
+    from helpers.models.tokens import encode
+    from helpers.policies.rules import EntropyRule
+    from helpers.training.collection import collect
+    from helpers.training.table import summarise
 
     preset = get_preset(options.preset)
     source = options.model or preset.model
@@ -39,10 +42,15 @@ def quality(options: argparse.Namespace) -> None:
     import pandas as pd
     import torch
 
-    from helpers.corpora import load_stories, pack_tokens, split_holdout
-    from helpers.files import atomic_path, provenance, relative_to_root, write_json
-    from helpers.models import get_preset, load_model
-    from helpers.quality import SAMPLED_STORES, TEXT_STORES, quality_table, sample_sequences
+    from helpers.evaluation.fixed_widths import SAMPLED_METHODS, TEXT_METHODS, quality_table, sample_sequences
+    from helpers.io.atomic import atomic_path
+    from helpers.io.paths import relative_to_root
+    from helpers.io.provenance import provenance
+    from helpers.io.results import write_json
+    from helpers.models.loading import load_model
+    from helpers.models.presets import get_preset
+    from helpers.models.stories import load_stories, split_holdout
+    from helpers.models.tokens import pack_tokens
 
     preset = get_preset(options.preset)
     source, texts = options.model or preset.model, options.texts or preset.stories
@@ -55,8 +63,8 @@ def quality(options: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"--texts {texts}: less than 512 tokens in the share that --last {options.last} reads")
     packed = torch.tensor(rows).to(model.device)
-    tables = [quality_table(model, sampled, SAMPLED_STORES, "sampled")]
-    tables.append(quality_table(model, packed, TEXT_STORES, "held-out text, positions 256-511", first=256))
+    tables = [quality_table(model, sampled, SAMPLED_METHODS, "sampled")]
+    tables.append(quality_table(model, packed, TEXT_METHODS, "held-out text, positions 256-511", first=256))
     table = pd.concat(tables)
     shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"bits_per_element": 2})
     print(shown.drop(columns=["tokens"]).to_string(index=False))
@@ -68,11 +76,12 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    from helpers.collection import collect
-    from helpers.files import relative_to_root
-    from helpers.models import get_preset, load_model
-    from helpers.policies import EntropyRule
-    from helpers.training import train_controllers
+    from helpers.io.paths import relative_to_root
+    from helpers.models.loading import load_model
+    from helpers.models.presets import get_preset
+    from helpers.policies.rules import EntropyRule
+    from helpers.training.collection import collect
+    from helpers.training.controllers import train_controllers
 
     preset = get_preset(options.preset)
     source, texts = options.model or preset.model, options.texts or preset.stories
@@ -89,11 +98,13 @@ def train(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     import torch
 
-    from helpers.comparison import compare, default_stores, save_comparison, standard_pairs
-    from helpers.corpora import load_multiple_choice, sample_items
-    from helpers.files import relative_to_root
-    from helpers.models import get_preset, load_model
-    from helpers.processes import is_main_process, one_first, process_count
+    from helpers.evaluation.comparison import compare, save_comparison, standard_pairs
+    from helpers.evaluation.methods import default_methods
+    from helpers.io.paths import relative_to_root
+    from helpers.io.processes import is_main_process, one_first, process_count
+    from helpers.models.items import load_multiple_choice, sample_items
+    from helpers.models.loading import load_model
+    from helpers.models.presets import get_preset
 
     preset = get_preset(options.preset)
     source, texts = options.model or preset.model, options.texts or preset.stories
@@ -102,7 +113,7 @@ def compare(options: argparse.Namespace) -> None:
         model, tokenizer = load_model(source, quiet=not is_main_process())
         items = load_multiple_choice(items_source, preset.test_split) if options.count else []
         rows = _packed_rows(tokenizer, texts, preset.test_split, 512, options.max_rows, last_share=0.1)
-    stores = default_stores(options.controllers or preset.data_dir / "controllers")
+    stores = default_methods(options.controllers or preset.data_dir / "controllers")
     items = sample_items(items, min(options.count, len(items)), options.seed) if items else []
     packed = torch.tensor(rows).to(model.device)
     result = compare(model, tokenizer, packed, items, stores, rounds=options.rounds, batch=options.batch)
@@ -121,7 +132,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def _packed_rows(tokenizer, texts, split, length, most, first_share=None, last_share=None) -> list[list[int]]:
     """Rows of `length` tokens of a text source: of a file without splits only its first or last share."""
-    from helpers.corpora import load_stories, pack_tokens, split_holdout
+    from helpers.models.stories import load_stories, split_holdout
+    from helpers.models.tokens import pack_tokens
 
     stories = load_stories(texts, split)
     if not texts.endswith(".jsonl"):
@@ -135,11 +147,11 @@ def _packed_rows(tokenizer, texts, split, length, most, first_share=None, last_s
 def card(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from helpers import plots
-    from helpers.corpora import load_multiple_choice
-    from helpers.files import ROOT
-    from helpers.model_card import PAIR, measure_pair, write_card
-    from helpers.models import get_preset
+    from helpers.io.paths import ROOT
+    from helpers.models.items import load_multiple_choice
+    from helpers.models.presets import get_preset
+    from helpers.publishing import plots
+    from helpers.training.model_card import PAIR, measure_pair, write_card
 
     preset, folder = get_preset("embedded"), ROOT / "data" / "models"
     logs = {}
@@ -156,9 +168,9 @@ def card(options: argparse.Namespace) -> None:
 
 
 def gate(options: argparse.Namespace) -> None:
-    from helpers.files import ROOT
-    from helpers.gate_report import report
-    from helpers.models import get_preset
+    from helpers.gate.study.report import report
+    from helpers.io.paths import ROOT
+    from helpers.models.presets import get_preset
 
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run", "preset", "recalibrate")}
     cache_dir = None if options.recalibrate else ROOT / "data" / ".calibration"
@@ -166,15 +178,15 @@ def gate(options: argparse.Namespace) -> None:
 
 
 def gate_fidelity(options: argparse.Namespace) -> None:
-    from helpers.gate_fidelity import FidelitySettings, report_fidelity
-    from helpers.models import get_preset
+    from helpers.gate.study.fidelity import FidelitySettings, report_fidelity
+    from helpers.models.presets import get_preset
 
     chosen = {name: getattr(options, name) for name in ("stories", "random_seeds", "max_new_tokens", "seed")}
     report_fidelity(get_preset(options.preset), FidelitySettings(cuts=tuple(options.cuts), **chosen), options.out)
 
 
 def gate_bench(options: argparse.Namespace) -> None:
-    from helpers.gate_benchmark import GateBenchmark, report
+    from helpers.gate.study.benchmark import GateBenchmark, report
 
     report(GateBenchmark(**{k: v for k, v in vars(options).items() if k not in ("command", "run", "out")}), options.out)
 
@@ -271,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["gate", *arguments]
     if arguments[0] == "bench":  # its options are those of the module
-        from helpers.benchmark import main as bench
+        from helpers.evaluation.benchmark.command import main as bench
 
         return bench(arguments[1:])
     options = parser.parse_args(arguments)

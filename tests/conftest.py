@@ -11,9 +11,9 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.attention import use_packed_attention
-from helpers.files import ROOT
-from helpers.pretrain import train_tokenizer
+from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.io.paths import ROOT
+from helpers.training.tokenizer import train_tokenizer
 
 SHARED = ROOT.parent / "shared"
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -11,10 +11,13 @@ import torch
 from conftest import random_ids, tiny_model
 from test_pretrain import STORIES, TOY
 
-from helpers.collection import collect
-from helpers.policies import AgeSchedule, EntropyRule, Step
-from helpers.pretrain import train, train_tokenizer
-from helpers.training import train_controllers
+from helpers.policies.policy import Step
+from helpers.policies.rules import EntropyRule
+from helpers.policies.schedules import AgeSchedule
+from helpers.training.collection import collect
+from helpers.training.controllers import train_controllers
+from helpers.training.pretraining import train
+from helpers.training.tokenizer import train_tokenizer
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
 TEXTS = [random_ids(1, tokens, seed=tokens)[0].tolist() for tokens in (60, 42, 71, 35, 50, 64)]
@@ -39,9 +42,9 @@ def pretraining(folder: Path) -> None:
 
 
 def publishing(folder: Path) -> None:
-    """`python -m helpers.publish NOTEBOOK`."""
+    """`python -m helpers.publishing NOTEBOOK`."""
     sys.argv = ["publish", str(folder / "01_tiny.ipynb")]
-    runpy.run_module("helpers.publish", run_name="__main__", alter_sys=True)
+    runpy.run_module("helpers.publishing", run_name="__main__", alter_sys=True)
 
 
 JOBS = {job.__name__: job for job in (collecting, training, publishing, pretraining)}

@@ -15,10 +15,11 @@ import torch
 from conftest import random_ids, tiny_model
 from transformers import LlamaConfig
 
-import helpers.attention as attention
-from helpers.files import ROOT
-from helpers.kv_cache import PACKED_ATTENTION, PackedKVCache, PackedStates
-from helpers.packed_store import EMPTY
+import helpers.cache.attention.dispatch as attention
+from helpers.cache.bucket import EMPTY
+from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
+from helpers.cache.layer import PackedStates
+from helpers.io.paths import ROOT
 
 GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = [
@@ -41,7 +42,7 @@ ABSOLUTE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # o
 def implementation(request):
     """The module of an implementation and the device on which it runs."""
     name, device, *threads = request.param
-    module = import_module(f"helpers.attention.{name}")
+    module = import_module(f"helpers.cache.attention.{name}")
     if hasattr(module, "prepare"):
         module.prepare()
     before = torch.get_num_threads()
@@ -195,7 +196,7 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
     states, query, mask = build(case, device)
     scaling = case.head_dim**-0.5
     weights, values, seen = dense_weights(states, query, mask, scaling)
-    if module.__name__ != "helpers.attention.reference":
+    if module.__name__ != "helpers.cache.attention.reference":
         assert module.supports(query, states, mask, True)
     before = received_of(states)
     output, variance = module.packed_attention(query, states, mask, scaling, record_variance=True)
@@ -287,7 +288,7 @@ def test_what_is_derived_from_the_store_follows_its_changes(implementation, chan
     ],
 )
 def test_what_a_fast_implementation_does_not_serve_goes_to_the_reference(name, changes, why, monkeypatch):
-    module = import_module(f"helpers.attention.{name}")
+    module = import_module(f"helpers.cache.attention.{name}")
     monkeypatch.setattr(attention, "implementation", lambda device: module)
     states, query, mask = build(replace(BASE, **changes))
     assert attention.choose(query, states, mask, False) is attention.packed_attention, why
@@ -298,7 +299,7 @@ def test_what_a_fast_implementation_does_not_serve_goes_to_the_reference(name, c
 @pytest.mark.skipif(GPU, reason="where there is a GPU, Triton compiles for it and interprets nothing")
 def test_a_model_decodes_alike_through_triton_and_through_the_reference(monkeypatch):
     """Every layer, every step, commits in between: the table is made once a block."""
-    module = import_module("helpers.attention.triton_cuda")
+    module = import_module("helpers.cache.attention.triton_cuda")
     model, ids = tiny_model("llama"), random_ids(1, 27)
     tables = []
     make = torch.from_numpy
@@ -318,7 +319,7 @@ def test_a_model_decodes_alike_through_triton_and_through_the_reference(monkeypa
 
 @pytest.mark.skipif(not GPU, reason="this machine has no GPU")
 def test_nothing_is_read_back_from_the_gpu():
-    module = import_module("helpers.attention.triton_cuda")
+    module = import_module("helpers.cache.attention.triton_cuda")
     states, query, mask = build(replace(BASE, bits="mixed", rows=3, padding=(0, 13, 30)), "cuda")
     expected, _ = module.packed_attention(query, states, mask, 0.2)
     torch.cuda.set_sync_debug_mode("error")
@@ -333,7 +334,7 @@ def test_nothing_is_read_back_from_the_gpu():
 def test_without_the_compiler_the_reference_serves_after_one_printed_line(device, monkeypatch, capsys):
     compiler, name = {"cpu": ("numba", "numba_cpu"), "cuda": ("triton", "triton_cuda")}[device]
     for module in [
-        m for m in sys.modules if m == compiler or m.startswith((f"{compiler}.", f"helpers.attention.{name}"))
+        m for m in sys.modules if m == compiler or m.startswith((f"{compiler}.", f"helpers.cache.attention.{name}"))
     ]:
         monkeypatch.setitem(sys.modules, module, None)
     attention.implementation.cache_clear()
@@ -355,7 +356,7 @@ import os
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from helpers.attention import triton_cuda
+from helpers.cache.attention import triton_cuda
 from test_attention import BASE, build, replace
 
 os.environ["TRITON_INTERPRET"] = "0"  # what came with the tests' settings

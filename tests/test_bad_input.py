@@ -15,12 +15,17 @@ from conftest import left_padded, random_ids, tiny_config, tiny_model
 from test_gate import PROMPTS, TEXTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from helpers.calibration import calibrate
-from helpers.collection import COLUMNS, collect, read_training_data
-from helpers.gate import EntropyGate, gated_generate
-from helpers.generation import PolicyDriver, decode, score_blocks
-from helpers.kv_cache import PackedKVCache
-from helpers.policies import EntropyRule, FixedBits, RandomBits, Step
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.gate.calibration import calibrate
+from helpers.gate.gate import EntropyGate
+from helpers.gate.generation import gated_generate
+from helpers.policies.decoding import decode
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.policy import Step
+from helpers.policies.reading import score_blocks
+from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
+from helpers.training.collection import collect
+from helpers.training.table import COLUMNS, read_training_data
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
 
@@ -369,7 +374,7 @@ def test_a_used_cache_and_another_batch(model):
 
 
 def test_a_model_whose_attention_cannot_be_exchanged():
-    from helpers.attention import use_packed_attention
+    from helpers.cache.attention.dispatch import use_packed_attention
 
     class Fixed(AutoModelForCausalLM.from_config(tiny_config("llama")).__class__):
         def set_attn_implementation(self, name):

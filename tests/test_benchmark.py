@@ -11,15 +11,14 @@ from matplotlib.figure import Figure
 from transformers import DynamicCache, LlamaConfig
 
 import main
-from helpers import benchmark, benchmark_runs, shapes
-from helpers.benchmark import Case, Settings, interleave, plan, run
-from helpers.benchmark_plots import benchmark_figure
-from helpers.benchmark_results import (
+from helpers.evaluation.benchmark import measuring as benchmark
+from helpers.evaluation.benchmark import runs as benchmark_runs
+from helpers.evaluation.benchmark.bars import CPU_TARGETS, CUDA_TARGETS, Target, check_targets
+from helpers.evaluation.benchmark.cases import Case, Settings, plan
+from helpers.evaluation.benchmark.measuring import interleave, run
+from helpers.evaluation.benchmark.methods import METHODS
+from helpers.evaluation.benchmark.results import (
     COLUMNS,
-    CPU_BARS,
-    CUDA_BARS,
-    Bar,
-    check_bars,
     describe_machine,
     device_slug,
     load_benchmarks,
@@ -27,10 +26,12 @@ from helpers.benchmark_results import (
     report,
     save_benchmarks,
 )
-from helpers.benchmark_runs import METHODS, AttentionRun, DecodeRun, PrefillRun, fill_cache, read_bytes
-from helpers.policies import FixedBits
-from helpers.shapes import SHAPES, random_model, shape_config, weight_count
-from helpers.stores import Store
+from helpers.evaluation.benchmark.runs import AttentionRun, DecodeRun, PrefillRun, fill_cache, read_bytes
+from helpers.evaluation.methods import PackedMethod
+from helpers.models import shapes
+from helpers.models.shapes import SHAPES, random_model, shape_config, weight_count
+from helpers.policies.rules import FixedBits
+from helpers.publishing.plots.benchmark import benchmark_figure
 
 CPU = torch.device("cpu")
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -111,7 +112,7 @@ def test_filling_commits_as_a_prompt_does(tokens, monkeypatch):
     monkeypatch.setattr(benchmark_runs, "FILL_BYTES", 2 * 2 * 32 * 4 * 2 * 32)  # portions of 32 tokens
     config = LlamaConfig(**TINY)
     model = tiny_model("llama")
-    cache, driver = Store(FixedBits(4)).open(model)
+    cache, driver = PackedMethod(FixedBits(4)).open(model)
     fill_cache(cache, driver, config, tokens, 2, CPU, torch.float32)
     assert cache.get_seq_length() == tokens
     assert cache.committed == tokens // 16 * 16
@@ -219,9 +220,9 @@ def test_cases_that_cannot_fit_are_left_out(tiny_shapes, monkeypatch, capsys):
 
 def test_the_plan_by_device():
     cpu, cuda = (plan(Settings(), torch.device(kind)) for kind in ("cpu", "cuda"))
-    needed = {(b.kind, b.shape, b.context, b.batch) for b in CPU_BARS}
+    needed = {(b.kind, b.shape, b.context, b.batch) for b in CPU_TARGETS}
     assert needed <= {(c.kind, c.shape, c.context, c.batch) for c in cpu}
-    needed = {(b.kind, b.shape, b.context, b.batch) for b in CUDA_BARS}
+    needed = {(b.kind, b.shape, b.context, b.batch) for b in CUDA_TARGETS}
     assert needed <= {(c.kind, c.shape, c.context, c.batch) for c in cuda}
     assert {c.shape for c in cuda if c.kind == "decode"} == set(SHAPES)
     chosen = plan(Settings(("decode",), ("SmolLM-360M",), (512, 16384), (8,), ("dynamic", "hqq", "sdpa")), CPU)
@@ -265,19 +266,19 @@ def test_bars_are_computed_from_rounds():
     )
     base = ("decode", "SmolLM-135M", 4096)
     bars = [
-        Bar(*base, 0.95),
-        Bar(*base, 0.85),
-        Bar(*base, 1.1, "speed-up"),
-        Bar(*base, 1.2, "speed-up"),
-        Bar(*base, 0.65, against="stock hqq 4-bit"),
-        Bar(*base, 0.35, "peak memory"),
-        Bar(*base, 0.6, "bandwidth"),
-        Bar(*base, 0.8, "bandwidth"),
-        Bar(*base, 0.65, against="stock quanto 4-bit"),
-        Bar("decode", "SmolLM-135M", 512, 1.05),
-        Bar("decode", "SmolLM-135M", 4096, 1.05, batch=8),
+        Target(*base, 0.95),
+        Target(*base, 0.85),
+        Target(*base, 1.1, "speed-up"),
+        Target(*base, 1.2, "speed-up"),
+        Target(*base, 0.65, against="stock hqq 4-bit"),
+        Target(*base, 0.35, "peak memory"),
+        Target(*base, 0.6, "bandwidth"),
+        Target(*base, 0.8, "bandwidth"),
+        Target(*base, 0.65, against="stock quanto 4-bit"),
+        Target("decode", "SmolLM-135M", 512, 1.05),
+        Target("decode", "SmolLM-135M", 4096, 1.05, batch=8),
     ]
-    checked = check_bars(table, bars)
+    checked = check_targets(table, bars)
     # Ratios of the same rounds are 0.9, 1.05, 0.8; the ratio of the medians would be 1.05.
     assert checked["measured"][:8].tolist() == pytest.approx([0.9, 0.9, 1 / 0.9, 1 / 0.9, 0.7, 0.3, 0.7, 0.7])
     assert checked["result"].tolist() == [
@@ -290,7 +291,7 @@ def test_bars_are_computed_from_rounds():
     text = report(table, checked, 10.0)
     assert "met: 0.90" in text
     assert "not measured" not in text
-    assert (check_bars(pd.DataFrame(columns=COLUMNS), bars)["result"] == "not measured").all()
+    assert (check_targets(pd.DataFrame(columns=COLUMNS), bars)["result"] == "not measured").all()
 
 
 def test_files_hold_everything_and_are_read_again(tmp_path):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 
-from helpers import collection
-from helpers.collection import COLUMNS, SEED_COLUMNS, check_training_data, collect, read_training_data, summarise
-from helpers.features import TokenCounts, attention_variance, confidence, entropy
-from helpers.policies import EntropyRule, FixedBits, RandomBits
+from helpers.policies.features import attention_variance, confidence, entropy
+from helpers.policies.rarity import TokenCounts
+from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
+from helpers.training import collection
+from helpers.training.collection import collect
+from helpers.training.table import ASSIGNMENT_COLUMNS, COLUMNS, check_training_data, read_training_data, summarise
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
 TIMES = ["latency"]
@@ -31,7 +33,7 @@ def test_columns_are_what_they_say(model, texts, tmp_path):
     """Under 16 bits the model computes almost what it computes in full precision, so each column can be recomputed."""
     table = collect(model, texts, tmp_path / "t.csv", FixedBits(16), block=8)
     assert list(table.columns) == COLUMNS
-    assert COLUMNS[:6] == SEED_COLUMNS == ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
+    assert COLUMNS[:6] == ASSIGNMENT_COLUMNS == ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
     assert len(table) == sum(len(text) - 1 for text in texts)
     eager = tiny_model("llama", packed=False)
     eager.set_attn_implementation("eager")

@@ -8,13 +8,18 @@ from conftest import random_ids, tiny_model
 from transformers import DynamicCache
 
 import main
-from helpers import explorers
-from helpers.comparison import against_length, compare, controller_share, follow_text, standard_pairs, time_decoding
-from helpers.corpora import MultipleChoice, load_multiple_choice
-from helpers.multiple_choice import _second_pass, ending_log_likelihoods, score_items
-from helpers.policies import AgeSchedule, EntropyRule, FixedBits, Step
-from helpers.pretrain import train_tokenizer
-from helpers.stores import FullPrecision, StockQuantized, Store, code_bits, stock_stores, stored_bytes
+from helpers.cache.accounting import code_bits, stored_bytes
+from helpers.evaluation.comparison import compare, standard_pairs
+from helpers.evaluation.latency import controller_share, time_decoding
+from helpers.evaluation.length import against_length, follow_text
+from helpers.evaluation.methods import FullPrecision, PackedMethod, StockQuantized, stock_methods
+from helpers.evaluation.multiple_choice import _second_pass, ending_log_likelihoods, score_items
+from helpers.models.items import MultipleChoice, load_multiple_choice
+from helpers.policies.policy import Step
+from helpers.policies.rules import EntropyRule, FixedBits
+from helpers.policies.schedules import AgeSchedule
+from helpers.publishing import explorers
+from helpers.training.tokenizer import train_tokenizer
 
 LONG = "The cat sat on the mat and a very big old house is up. " * 4
 ITEM = MultipleChoice(LONG.strip(), ("The cat is up.", "A house sat.", "Old."), 0)
@@ -33,9 +38,15 @@ def model_and_tokenizer():
 def comparison(model_and_tokenizer):
     groups = {
         "full precision": [FullPrecision()],
-        "static": [Store(FixedBits(16)), Store(FixedBits(4)), Store(FixedBits(4), quantizer="minmax")],
-        "rule": [Store(EntropyRule((1.0, 2.0, 3.0)))],
-        "schedule": [Store(AgeSchedule(8, (Step(1, 2, keep=0.25),), r)) for r in ("random", "attention x error")],
+        "static": [
+            PackedMethod(FixedBits(16)),
+            PackedMethod(FixedBits(4)),
+            PackedMethod(FixedBits(4), quantizer="minmax"),
+        ],
+        "rule": [PackedMethod(EntropyRule((1.0, 2.0, 3.0)))],
+        "schedule": [
+            PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), r)) for r in ("random", "attention x error")
+        ],
     }
     ids = random_ids(5, 96)
     return compare(*model_and_tokenizer, ids, [ITEM] * 3, groups, first=32, rounds=1, batch=2)
@@ -84,11 +95,11 @@ def test_paired_differences(comparison):
 
 def test_multiple_choice_through_a_cache_that_loses_nothing(model_and_tokenizer):
     plain, lengths = ending_log_likelihoods(*model_and_tokenizer, ITEM)
-    for store in (FullPrecision(), Store(FixedBits(16))):
+    for store in (FullPrecision(), PackedMethod(FixedBits(16))):
         through, same = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
         assert through == pytest.approx(plain, abs=0.02)
         assert same.tolist() == lengths.tolist()
-    rough, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, Store(FixedBits(2)))
+    rough, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, PackedMethod(FixedBits(2)))
     assert np.abs(rough - plain).max() > 0.02, "the second pass must read what was quantized"
 
 
@@ -96,7 +107,7 @@ def test_one_token_endings_need_no_second_pass(model_and_tokenizer):
     model, _ = model_and_tokenizer
     logits = _second_pass(model, DynamicCache(config=model.config), torch.tensor([[5], [6]]))
     assert logits.shape == (2, 0, model.config.vocab_size)
-    assert score_items(*model_and_tokenizer, [ITEM], Store(FixedBits(4))).shape == (1, 2)
+    assert score_items(*model_and_tokenizer, [ITEM], PackedMethod(FixedBits(4))).shape == (1, 2)
 
 
 def test_other_schemas_are_read(tmp_path):
@@ -123,7 +134,7 @@ def test_real_items_of_another_set(shared):
 
 def test_timing_and_lengths(model_and_tokenizer):
     model, _ = model_and_tokenizer
-    stores = [FullPrecision(), Store(FixedBits(4))]
+    stores = [FullPrecision(), PackedMethod(FixedBits(4))]
     times = time_decoding(model, random_ids(1, 60)[0], stores, rounds=2, prompt=32, steps=16)
     assert times.latency_ratio[0] == 1
     assert (times.latency_ms > 0).all()
@@ -138,7 +149,7 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
     model, _ = model_and_tokenizer
     policy = AgeSchedule(8, (Step(1, 2, keep=0.25),))
     followed = follow_text(
-        model, random_ids(1, 64)[0], {"schedule": [Store(policy)], "full precision": [FullPrecision()]}
+        model, random_ids(1, 64)[0], {"schedule": [PackedMethod(policy)], "full precision": [FullPrecision()]}
     )
     assert followed["tokens"].tolist() == [16, 32, 48, 64] * 2
     assert [np.mean(bits) for bits in followed["bits"]][4:] == [16.0] * 4
@@ -155,7 +166,7 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
 
 
 def test_stock_caches_where_installed(model_and_tokenizer):
-    stores = stock_stores()
+    stores = stock_methods()
     if not stores:
         pytest.skip("no backend of the stock quantized cache is installed (pip install -e .[peers])")
     model, _ = model_and_tokenizer

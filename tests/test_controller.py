@@ -9,30 +9,22 @@ import torch
 from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 
-from helpers.controller import (
-    COMMIT_FEATURES,
-    QUALITY_SCHEDULE,
-    SEED_FEATURES,
-    LearnedController,
-    LossWeights,
-    Network,
-    commit_loss,
-    cross_fit,
-    held_out,
-    rate_distortion,
-    save_commit,
-    settle_inputs,
-    shuffled_drops,
-    split_texts,
-    train_commit,
-    train_settle,
-    write_controller_card,
-)
-from helpers.features import TokenFeatures
-from helpers.generation import PolicyDriver, score_blocks
-from helpers.kv_cache import PackedKVCache
-from helpers.packed_store import Demotion
-from helpers.policies import EntropyRule, Step
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.store import Demotion
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.features import TokenFeatures
+from helpers.policies.learned import COMMIT_FEATURES, IMITATION_FEATURES, LearnedController, settle_inputs
+from helpers.policies.network import Network
+from helpers.policies.policy import Step
+from helpers.policies.reading import score_blocks
+from helpers.policies.rules import EntropyRule
+from helpers.policies.schedules import QUALITY_SCHEDULE
+from helpers.training.allocation import rate_distortion
+from helpers.training.commit import LossWeights, commit_loss, save_commit, train_commit
+from helpers.training.controllers import write_controller_card
+from helpers.training.cross_validation import cross_fit, held_out, shuffled_drops
+from helpers.training.fitting import split_texts
+from helpers.training.settle import train_settle
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +136,10 @@ def test_missing_columns_are_named(table):
 
 
 def test_files_hold_everything(folder, table):
-    network, about = Network.load(folder, "seed", SEED_FEATURES, 4)
+    network, about = Network.load(folder, "seed", IMITATION_FEATURES, 4)
     again = LearnedController.load(folder, "seed")
-    inputs = torch.tensor(table[list(SEED_FEATURES)].to_numpy(np.float32))
-    features = TokenFeatures(**{name: inputs[None, :, i] for i, name in enumerate(SEED_FEATURES)})
+    inputs = torch.tensor(table[list(IMITATION_FEATURES)].to_numpy(np.float32))
+    features = TokenFeatures(**{name: inputs[None, :, i] for i, name in enumerate(IMITATION_FEATURES)})
     widths = again.widths(features, 1, len(table))[0]
     assert torch.equal(widths, torch.tensor([2, 4, 8, 16])[network(inputs).argmax(-1)])
     assert (widths.numpy() == table.kv_bits).mean() > 0.75
@@ -160,7 +152,9 @@ def test_files_hold_everything(folder, table):
 
 def test_a_target_average_is_met_on_the_training_texts(folder, table):
     controller = LearnedController.load(folder, "seed")
-    features = TokenFeatures(**{name: torch.tensor(table[name].to_numpy(np.float32))[None] for name in SEED_FEATURES})
+    features = TokenFeatures(
+        **{name: torch.tensor(table[name].to_numpy(np.float32))[None] for name in IMITATION_FEATURES}
+    )
     for average in (3.0, 5.1, 8.0):
         widths = controller.at_average(average).widths(features, 1, len(table))
         assert widths.double().mean().item() == pytest.approx(average, abs=0.35)

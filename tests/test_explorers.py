@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from helpers import explorers
-from helpers.files import ROOT
+from helpers.io.paths import ROOT
+from helpers.publishing import explorers
 
 DATA = ROOT / "data"
 WITH_WIDGETS = ("03_controller_integration", "04_baseline_comparison", "05_gated_generation")

@@ -31,15 +31,22 @@ from test_pretrain import STORIES
 from transformers import DynamicCache
 
 import main
-from helpers.collection import COLUMNS, collect, collect_text, read_training_data
-from helpers.controller import LearnedController
-from helpers.files import ROOT, atomic_path, write_json
-from helpers.gate import EntropyGate, gated_generate
-from helpers.gate_baselines import plain_generate
-from helpers.generation import PolicyDriver, decode, score_blocks
-from helpers.kv_cache import PackedKVCache
-from helpers.policies import EntropyRule, FixedBits
-from helpers.pretrain import train, train_tokenizer
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.gate.gate import EntropyGate
+from helpers.gate.generation import gated_generate
+from helpers.gate.study.baselines import plain_generate
+from helpers.io.atomic import atomic_path
+from helpers.io.paths import ROOT
+from helpers.io.results import write_json
+from helpers.policies.decoding import decode
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.learned import LearnedController
+from helpers.policies.reading import score_blocks
+from helpers.policies.rules import EntropyRule, FixedBits
+from helpers.training.collection import collect, collect_text
+from helpers.training.pretraining import train
+from helpers.training.table import COLUMNS, read_training_data
+from helpers.training.tokenizer import train_tokenizer
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
 KILLS = 5 * ROUNDS  # of each job
@@ -371,7 +378,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(full_disk, kind):
     path = folder / "old"
     path.write_bytes(b"finished before")
     script = (
-        "import sys, pathlib\nfrom helpers.files import atomic_path\n"
+        "import sys, pathlib\nfrom helpers.io.atomic import atomic_path\n"
         f"with atomic_path(sys.argv[1]) as temporary:\n    {WRITERS[kind]}\n"
     )
     done = subprocess.run(
@@ -409,7 +416,7 @@ def test_collecting_on_a_full_disk_goes_on_when_there_is_room(tiny_folder, tmp_p
         read.append(text_id)
         return collect_text(model, ids, rarities, text_id, *settings)
 
-    monkeypatch.setattr("helpers.collection.collect_text", watched)
+    monkeypatch.setattr("helpers.training.collection.collect_text", watched)
     assert main.main(command) == 0
     assert read == [2]
     assert len(read_training_data(out)["text_id"].unique()) == 3
@@ -487,7 +494,7 @@ def test_out_of_memory_in_the_gate(capsys, tiny_folder):
 
 
 def test_out_of_memory_on_the_command_line_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
-    from helpers import models
+    from helpers.models import loading as models
 
     real = models.load_model
 

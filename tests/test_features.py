@@ -5,15 +5,10 @@ import math
 import pytest
 import torch
 
-from helpers.features import (
-    TokenCounts,
-    TokenFeatures,
-    attention_variance,
-    confidence,
-    entropy,
-    received_attention,
-)
-from helpers.policies import EntropyRule, FixedBits, RandomBits
+from helpers.cache.attention.statistics import received_attention
+from helpers.policies.features import TokenFeatures, attention_variance, confidence, entropy
+from helpers.policies.rarity import TokenCounts
+from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 
 
 def test_entropy_by_hand():
@@ -74,7 +69,7 @@ def test_the_caches_attention_variance_is_that_of_the_formula():
     from conftest import left_padded, random_ids, tiny_model
     from test_kv_cache import feed
 
-    from helpers.kv_cache import PackedKVCache
+    from helpers.cache.kv_cache import PackedKVCache
 
     ids = random_ids(2, 40)
     eager = tiny_model("llama", dtype=torch.float64, packed=False)

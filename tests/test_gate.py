@@ -14,32 +14,33 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
 import main
-from helpers import explorers, plots
-from helpers.attention import use_packed_attention
-from helpers.calibration import calibrate, correct_by_bisection, fingerprint, measure_usage, text_signals
-from helpers.corpora import load_articles, load_paragraphs, read_articles
-from helpers.features import entropy
-from helpers.files import ROOT
-from helpers.gate import SIGNALS, EntropyGate, OnlineTracker, entropy_bits, gated_generate, trace, uncertainty
-from helpers.gate_baselines import plain_generate, reference_gated_generate
-from helpers.gate_evaluation import (
-    METHODS,
-    compare,
-    evaluate_gate,
-    evaluate_large_caches,
-    fit_prompts,
-    sample_articles,
-    speed_against_ideal,
-    summarise_gates,
-    summarise_methods,
-)
-from helpers.gate_reader import LARGE, SMALL, check_same_tokens, prompt_ids
-from helpers.gate_sweep import gains_over_random, sweep, threshold_on_gated_text
-from helpers.generation import PolicyDriver
-from helpers.kv_cache import PackedKVCache
-from helpers.models import PRESETS, load_model, placement
-from helpers.policies import AgeSchedule, EntropyRule, FixedBits, Step
-from helpers.pretrain import train_tokenizer
+from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.gate.calibration import calibrate, text_signals
+from helpers.gate.correction import correct_by_bisection, measure_usage
+from helpers.gate.gate import EntropyGate, OnlineTracker
+from helpers.gate.generation import gated_generate
+from helpers.gate.prompts import check_same_tokens, prompt_ids
+from helpers.gate.signals import SIGNALS, entropy_bits, uncertainty
+from helpers.gate.study.baselines import plain_generate, reference_gated_generate
+from helpers.gate.study.caches import evaluate_large_caches
+from helpers.gate.study.evaluation import METHODS, evaluate_gate
+from helpers.gate.study.prompts import fit_prompts, sample_articles
+from helpers.gate.study.summaries import compare, speed_against_ideal, summarise_gates, summarise_methods
+from helpers.gate.study.sweep import gains_over_random, sweep, threshold_on_gated_text
+from helpers.gate.text import LARGE, SMALL, trace
+from helpers.io.paths import ROOT
+from helpers.models.articles import load_articles, load_paragraphs, read_articles
+from helpers.models.fingerprint import fingerprint
+from helpers.models.loading import load_model, placement
+from helpers.models.presets import PRESETS
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.features import entropy
+from helpers.policies.policy import Step
+from helpers.policies.rules import EntropyRule, FixedBits
+from helpers.policies.schedules import AgeSchedule
+from helpers.publishing import explorers, plots
+from helpers.training.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on the mat and a dog ran to the big red barn with her friend".split(" ")  # noqa: SIM905
 PROMPTS = ["the cat sat on the big mat", "a dog ran to her friend and the cat", "the red barn"]
@@ -407,7 +408,7 @@ def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, m
     small, large, tokenizer = pair
     runs = []
     monkeypatch.setattr(
-        "helpers.calibration.text_signals", lambda *args: runs.append(1) or text_signals(*args[:3], progress=False)
+        "helpers.gate.calibration.text_signals", lambda *args: runs.append(1) or text_signals(*args[:3], progress=False)
     )
 
     def ask(model=small, texts=TEXTS, **settings):

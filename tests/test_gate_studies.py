@@ -10,25 +10,28 @@ import torch
 from test_gate import PROMPTS, WORDS, make_model, make_tokenizer
 
 import main
-from helpers import gate_benchmark, gate_report
-from helpers.calibration import measure_usage
-from helpers.files import ROOT
-from helpers.gate import EntropyGate, gated_generate
-from helpers.gate_baselines import plain_generate
-from helpers.gate_benchmark import (
-    BlindGate,
-    ForwardTimes,
-    GateBenchmark,
-    ideal_with_prompt,
-    parts_against_ideal,
-    time_parts,
+from helpers.gate.correction import measure_usage
+from helpers.gate.gate import EntropyGate
+from helpers.gate.generation import gated_generate
+from helpers.gate.study import benchmark as gate_benchmark
+from helpers.gate.study import report as gate_report
+from helpers.gate.study.baselines import plain_generate
+from helpers.gate.study.benchmark import BlindGate, GateBenchmark
+from helpers.gate.study.evaluation import evaluate_gate
+from helpers.gate.study.fidelity import (
+    FidelitySettings,
+    cut_stories,
+    fidelity_gates,
+    measure_fidelity,
+    summarise_fidelity,
 )
-from helpers.gate_evaluation import evaluate_gate
-from helpers.gate_fidelity import FidelitySettings, cut_stories, fidelity_gates, measure_fidelity, summarise_fidelity
-from helpers.gate_reader import LARGE, SMALL
-from helpers.gate_sweep import gains_over_random
-from helpers.models import PRESETS, load_model, placement
-from helpers.onednn_linear import use_onednn_linear
+from helpers.gate.study.parts import ForwardTimes, ideal_with_prompt, parts_against_ideal, time_parts
+from helpers.gate.study.sweep import gains_over_random
+from helpers.gate.text import LARGE, SMALL
+from helpers.io.paths import ROOT
+from helpers.models.loading import load_model, placement
+from helpers.models.onednn_linear import use_onednn_linear
+from helpers.models.presets import PRESETS
 
 FOLDS = tuple([" ".join(WORDS[i:] + WORDS[:i] + WORDS[::-1]) for i in range(j, 6, 2)] for j in (0, 1))
 SETTINGS = FidelitySettings(

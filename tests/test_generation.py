@@ -5,10 +5,15 @@ import torch
 from conftest import left_padded, random_ids, tiny_model
 from transformers import DynamicCache
 
-from helpers.features import TokenCounts, entropy
-from helpers.generation import PolicyDriver, decode, score_blocks
-from helpers.kv_cache import PackedKVCache
-from helpers.policies import AgeSchedule, EntropyRule, FixedBits, RandomBits, Step
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.policies.decoding import decode
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.features import entropy
+from helpers.policies.policy import Step
+from helpers.policies.rarity import TokenCounts
+from helpers.policies.reading import score_blocks
+from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
+from helpers.policies.schedules import AgeSchedule
 
 POLICIES = {
     "fixed": lambda: FixedBits(4),

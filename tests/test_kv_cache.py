@@ -9,9 +9,9 @@ from conftest import FAMILIES, left_padded, random_ids, tiny_config, tiny_model
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from helpers.generation import score_blocks
-from helpers.kv_cache import PACKED_ATTENTION, PackedKVCache
-from helpers.packed_store import EMPTY, Stage
+from helpers.cache.bucket import EMPTY, Stage
+from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
+from helpers.policies.reading import score_blocks
 
 WIDTH_CHOICES = [16, 8, 4, 2, (8, 4)]
 BATCHES = {"one": [40], "left-padded": [40, 25, 31]}
@@ -97,7 +97,7 @@ def same_content(a: PackedKVCache, b: PackedKVCache) -> None:
 
 
 def test_layers_implement_the_whole_contract():
-    from helpers.kv_cache import PackedLayer
+    from helpers.cache.layer import PackedLayer
 
     for name, member in vars(CacheLayerMixin).items():
         if callable(member) and not name.startswith("_"):
@@ -344,7 +344,7 @@ def test_space_of_settled_blocks_is_reclaimed():
 @pytest.mark.parametrize("window", [64, 10])
 def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
     """A prompt read at once counts its newest queries; what is read after the commit counts whole."""
-    monkeypatch.setattr("helpers.attention.reference.RECEIVED_WINDOW", window)
+    monkeypatch.setattr("helpers.cache.attention.statistics.RECEIVED_WINDOW", window)
     model = tiny_model("llama", dtype=torch.float64)
     ids = random_ids(1, 28)
     cache = PackedKVCache(model.config, block=8)

@@ -16,11 +16,13 @@ import torch
 from conftest import COMMON, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.attention import use_packed_attention
-from helpers.generation import PolicyDriver, decode
-from helpers.kv_cache import PackedKVCache
-from helpers.packed_store import MIN_GROWTH
-from helpers.policies import AgeSchedule, Step
+from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.cache.bucket import MIN_GROWTH
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.policies.decoding import decode
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.policy import Step
+from helpers.policies.schedules import AgeSchedule
 
 TOKENS = int(os.environ.get("LONG_RUN_TOKENS", "2400"))
 SEQUENCES = 200

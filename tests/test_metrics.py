@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from helpers.metrics import ROUGE_TYPES, bootstrap_ratio, rouge_scores
-from helpers.rouge import Rouge
+from helpers.evaluation.bootstrap import bootstrap_ratio
+from helpers.evaluation.rouge import ROUGE_TYPES, Rouge, rouge_scores
 
 PREDICTIONS = ["The dogs ran home. A cat slept!", "nothing alike"]
 REFERENCES = ["A cat slept. The dog ran home.", "some other words"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from helpers.corpora import MultipleChoice
-from helpers.files import ROOT
-from helpers.model_card import measure_pair, time_per_token, write_card
-from helpers.models import load_model
-from helpers.multiple_choice import ending_log_likelihoods, score_items
-from helpers.pretrain import train_tokenizer
+from helpers.evaluation.multiple_choice import ending_log_likelihoods, score_items
+from helpers.io.paths import ROOT
+from helpers.models.items import MultipleChoice
+from helpers.models.loading import load_model
+from helpers.training.model_card import measure_pair, time_per_token, write_card
+from helpers.training.tokenizer import train_tokenizer
 
 ITEM = MultipleChoice("The cat sat", ("on the mat.", "in a very big old house.", "up."), 1)
 
@@ -66,8 +66,8 @@ def test_empty_parts_are_refused(model_and_tokenizer, item):
 
 def test_real_endings_are_told_from_wrong_ones(shared):
     """stories3M knows stories: it must be above chance on the project's own items."""
-    from helpers.corpora import load_multiple_choice
-    from helpers.models import PRESETS
+    from helpers.models.items import load_multiple_choice
+    from helpers.models.presets import PRESETS
 
     model, tokenizer = load_model(shared / "models/stories3M", device="cpu", quiet=True)
     scores = score_items(model, tokenizer, load_multiple_choice(PRESETS["embedded"].multiple_choice))

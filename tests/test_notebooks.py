@@ -9,8 +9,9 @@ import sys
 import nbformat
 import pytest
 
-from helpers import publish, readme
-from helpers.files import ROOT
+from helpers.io.paths import ROOT
+from helpers.publishing import blocks as readme
+from helpers.publishing import execution, tidying
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 FIGURES = ROOT / "figures"
@@ -51,11 +52,11 @@ def test_there_are_five():
 
 def test_fit_to_be_committed(notebook):
     nbformat.validate(notebook)
-    assert publish.faults(notebook) == []
+    assert tidying.faults(notebook) == []
 
 
 def test_kept_as_publishing_leaves_them(path, notebook):
-    assert nbformat.writes(publish.tidy(nbformat.read(path, as_version=4))) == nbformat.writes(notebook)
+    assert nbformat.writes(tidying.tidy(nbformat.read(path, as_version=4))) == nbformat.writes(notebook)
 
 
 def test_the_opening_says_what_to_expect(path, notebook):
@@ -136,10 +137,10 @@ def test_figures_are_named_and_small_enough():
 
 def test_a_fast_run_is_told_from_a_result(notebook):
     notebook.metadata["fast_run"] = True
-    assert any("fast run" in fault for fault in publish.faults(notebook))
+    assert any("fast run" in fault for fault in tidying.faults(notebook))
     del notebook.metadata["fast_run"]
-    notebook.cells[0].source = publish.FAST_MARK
-    assert any("fast run" in fault for fault in publish.faults(notebook))
+    notebook.cells[0].source = tidying.FAST_MARK
+    assert any("fast run" in fault for fault in tidying.faults(notebook))
 
 
 def test_results_are_not_of_a_fast_run():
@@ -150,7 +151,7 @@ def test_results_are_not_of_a_fast_run():
 @pytest.mark.parametrize("stem", TITLES)
 def test_fast_runs_overwrite_parameters_that_exist(stem):
     cell = tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "parameters")[0]
-    for name in publish.FAST_PARAMETERS[stem]:
+    for name in execution.FAST_PARAMETERS[stem]:
         assert re.search(rf"^{name} = ", cell.source, re.M), name
 
 
@@ -165,12 +166,12 @@ def test_runs_in_fast_mode_and_leaves_the_results_alone(stem, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("PRESET", None)
     path = ROOT / "notebooks" / f"{stem}.ipynb"
-    command = [sys.executable, "-m", "helpers.publish", "--fast", "--out", str(tmp_path), str(path)]
+    command = [sys.executable, "-m", "helpers.publishing", "--fast", "--out", str(tmp_path), str(path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert snapshot() == before
     written = nbformat.read(tmp_path / "notebooks" / path.name, as_version=4)
     assert written.metadata["fast_run"]
-    assert publish.faults(written) == ["is a fast run, whose numbers are no results"]
+    assert tidying.faults(written) == ["is a fast run, whose numbers are no results"]
     for name in figure_names(written):
         assert (tmp_path / "figures" / f"{name}.png").is_file(), name

@@ -20,14 +20,16 @@ from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from test_gate import TEXTS, make_model, make_tokenizer
 
-from helpers import hub
-from helpers.calibration import calibrate
-from helpers.controller import SETTLE_FEATURES, LearnedController, Network
-from helpers.features import TokenFeatures
-from helpers.files import ROOT, inside
-from helpers.models import load_model
-from helpers.policies import EntropyRule
-from helpers.training import load_or_measure_costs
+from helpers.gate.calibration import calibrate
+from helpers.io.atomic import inside
+from helpers.io.paths import ROOT
+from helpers.models import hub
+from helpers.models.loading import load_model
+from helpers.policies.features import TokenFeatures
+from helpers.policies.learned import SETTLE_FEATURES, LearnedController
+from helpers.policies.network import Network
+from helpers.policies.rules import EntropyRule
+from helpers.training.costs import load_or_measure_costs
 
 MODULES = sorted([*(ROOT / "helpers").rglob("*.py"), ROOT / "main.py"])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -363,7 +365,7 @@ def test_a_controller_of_another_kind_is_refused(controller):
 
 
 def test_costs_whose_description_was_damaged_are_measured_again(tmp_path):
-    from helpers.collection import collect
+    from helpers.training.collection import collect
 
     model = tiny_model("llama")
     texts = [random_ids(1, 20, seed=seed)[0].tolist() for seed in range(2)]

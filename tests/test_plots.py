@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from helpers import plots
-from helpers.collection import SEED_COLUMNS, read_training_data
-from helpers.controller import History
-from helpers.files import ROOT
-from helpers.quantization import WIDTHS
+from helpers.cache.quantization import WIDTHS
+from helpers.io.paths import ROOT
+from helpers.publishing import plots
+from helpers.training.fitting import History
+from helpers.training.table import ASSIGNMENT_COLUMNS, read_training_data
 
 DATA = ROOT / "data"
 TITLE = "A title that says what was found, and that is far too long to stand in one line of a small figure"
@@ -58,7 +58,7 @@ USAGE = ("fidelity", (0.2, 1.0), "fidelity: ROUGE-L to the large model alone")
 LABELS = {"share": "live bytes", "kl": "KL to full precision", "accuracy_change": "change of accuracy"}
 FIGURES = {
     "entropy_against_rarity": lambda: plots.entropy_against_rarity(training_table(), *HEAD),
-    "correlation_heat_map": lambda: plots.correlation_heat_map(training_table(), SEED_COLUMNS, *HEAD),
+    "correlation_heat_map": lambda: plots.correlation_heat_map(training_table(), ASSIGNMENT_COLUMNS, *HEAD),
     "latency_distribution": lambda: plots.latency_distribution(training_table(), 16, *HEAD),
     "tokens_by_width": lambda: plots.tokens_by_width(
         ["Once", " upon", "\n", "$x$"] * 20, [2, 4, 8, 3.3] * 20, "A", "b"

@@ -4,11 +4,14 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 
-from helpers.features import TokenFeatures
-from helpers.generation import PolicyDriver, score_blocks
-from helpers.kv_cache import PackedKVCache
-from helpers.packed_store import Demotion
-from helpers.policies import AgeSchedule, FixedBits, Step
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.store import Demotion
+from helpers.policies.driver import PolicyDriver
+from helpers.policies.features import TokenFeatures
+from helpers.policies.policy import Step
+from helpers.policies.reading import score_blocks
+from helpers.policies.rules import FixedBits
+from helpers.policies.schedules import AgeSchedule
 
 THREE = AgeSchedule(8, (Step(2, 4), Step(4, 2, keep=0.25)))
 APART = AgeSchedule((8, 4), (Step(1, (4, 2)), Step(2, (2, 2), keep=0.5)), "attention")

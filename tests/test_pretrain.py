@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import pretrain
-from helpers.corpora import STORY_SEPARATOR
-from helpers.files import ROOT
-from helpers.pretrain import TrainingSettings, batch_rows, bits_per_byte, encode_stories, train, train_tokenizer
+from helpers.io.paths import ROOT
+from helpers.models.stories import STORY_SEPARATOR
+from helpers.training import pretraining as pretrain
+from helpers.training.pretraining import batch_rows, bits_per_byte, train
+from helpers.training.settings import TrainingSettings
+from helpers.training.tokenizer import encode_stories, train_tokenizer
 
 TOY = TrainingSettings(
     layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=48, context=32, batch=4, steps=60, warmup=5
@@ -142,7 +144,8 @@ def test_two_processes_train_one_model(tokenizer, tmp_path):
     text.write_text(f"\n{STORY_SEPARATOR}\n".join(STORIES))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = (
-        "import sys; from helpers import pretrain; from helpers.pretrain import TrainingSettings;"
+        "import sys; from helpers.training import pretraining as pretrain; "
+        "from helpers.training.settings import TrainingSettings; "
         f"pretrain.SIZES['small'] = pretrain.{TOY!r}; pretrain.main(sys.argv[1:])"
     )
     (tmp_path / "run.py").write_text(script)

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from test_kv_cache import all_tensors
 from transformers import LlamaConfig
 
-from helpers.attention.reference import packed_attention
-from helpers.kv_cache import PACKED_ATTENTION, PackedKVCache
-from helpers.packed_store import CENTRE_SHARE, CENTRE_TOKENS, EMPTY
-from helpers.quantization import WIDTHS, dequantize, quantize, rotation_matrix
+from helpers.cache.attention.reference import packed_attention
+from helpers.cache.bucket import EMPTY
+from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
+from helpers.cache.quantization import WIDTHS, dequantize, quantize, rotation_matrix
+from helpers.cache.store import CENTRE_SHARE, CENTRE_TOKENS
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]

@@ -8,10 +8,14 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import publish, readme, readme_tables
-from helpers.benchmark_results import save_benchmarks
-from helpers.files import FAST, ROOT, cpu_name, peak_memory_bytes, read_result, require, write_json
-from helpers.models import get_preset
+from helpers.evaluation.benchmark.results import save_benchmarks
+from helpers.io.paths import FAST, ROOT
+from helpers.io.provenance import cpu_name, peak_memory_bytes
+from helpers.io.results import read_result, require, write_json
+from helpers.models.presets import get_preset
+from helpers.publishing import blocks as readme
+from helpers.publishing import command, execution, tidying
+from helpers.publishing import tables as readme_tables
 
 
 def write_notebook(path, *sources, tags=()):
@@ -27,8 +31,9 @@ print('a'); print('b')
 print('noise', file=sys.stderr)
 os.environ['TQDM_DISABLE']"""
 FIGURE = """import numpy as np, pandas as pd, os
-from helpers import plots
-from helpers.files import provenance, write_json
+from helpers.publishing import plots
+from helpers.io.provenance import provenance
+from helpers.io.results import write_json
 table = pd.DataFrame({"latency": np.arange(1.0, 60), "position": np.arange(59)})
 figure = plots.latency_distribution(table, 8, "title", "subtitle")
 plots.save_figure(figure, os.environ["OUT"], "01_x")
@@ -46,7 +51,7 @@ def published(tmp_path_factory):
         patch.setenv("OUT", str(folder / "out"))
         patch.delenv("PRESET", raising=False)
         for _ in range(2):
-            runs.append(publish.publish(path))
+            runs.append(execution.publish(path))
             outcomes.append([file.read_bytes() for file in (path, folder / "out/01_x.png", folder / "out/x.json")])
     return path, outcomes, runs
 
@@ -62,7 +67,7 @@ def test_publishing_tidies(published):
     assert third.outputs == []
     assert len(notebook.cells) == 3
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert publish.faults(notebook) == []
+    assert tidying.faults(notebook) == []
 
 
 def test_two_runs_leave_the_same_bytes(published):
@@ -80,7 +85,7 @@ def test_time_and_memory_are_measured(published):
 def test_a_failing_cell_is_shown_and_leaves_the_file(tmp_path, capsys):
     path = write_notebook(tmp_path / "01_x.ipynb", "print('fine')", "raise ValueError('broken here')", "print('never')")
     before = path.read_bytes()
-    assert publish.main([str(path)]) == 1
+    assert command.main([str(path)]) == 1
     told = capsys.readouterr().err
     assert "01_x.ipynb stopped at cell 1" in told
     assert "raise ValueError('broken here')" in told
@@ -92,43 +97,43 @@ def test_a_failing_cell_is_shown_and_leaves_the_file(tmp_path, capsys):
 def test_a_dead_kernel_is_told_as_such(tmp_path):
     path = write_notebook(tmp_path / "01_x.ipynb", "import os\nos._exit(1)")
     with pytest.raises(RuntimeError, match=r"01_x\.ipynb stopped"):
-        publish.publish(path)
+        execution.publish(path)
 
 
 def test_other_presets_leave_the_notebook(tmp_path, monkeypatch, capsys):
     path = write_notebook(tmp_path / "01_x.ipynb", "1 + 1")
     before = path.read_bytes()
     monkeypatch.setenv("PRESET", "smollm")
-    assert publish.main([str(path)]) == 0
+    assert command.main([str(path)]) == 0
     assert "notebook kept" in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
 def test_a_full_run_notes_what_it_took(tmp_path, monkeypatch):
     monkeypatch.delenv("PRESET", raising=False)
-    monkeypatch.setattr(publish, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(readme, "RUNS", tmp_path / "runs.json")
     opening = nbformat.v4.new_markdown_cell("# X\n\n**Run time:** <!-- run -->?<!-- /run -->")
     notebook = nbformat.v4.new_notebook(cells=[opening, nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(notebook, tmp_path / "01_x.ipynb")
-    run = publish.publish(tmp_path / "01_x.ipynb")
+    run = execution.publish(tmp_path / "01_x.ipynb")
     assert json.loads((tmp_path / "runs.json").read_text())["01_x"]["peak_bytes"] == run.peak_bytes
     assert readme.run_line("01_x") in nbformat.read(tmp_path / "01_x.ipynb", as_version=4).cells[0].source
 
 
 def test_a_fast_run_writes_elsewhere_and_is_marked(tmp_path, monkeypatch):
-    monkeypatch.setitem(publish.FAST_PARAMETERS, "01_x", {"COUNT": 2})
-    source = "from helpers.files import provenance\nfrom helpers.models import get_preset\n"
+    monkeypatch.setitem(execution.FAST_PARAMETERS, "01_x", {"COUNT": 2})
+    source = "from helpers.io.provenance import provenance\nfrom helpers.models.presets import get_preset\n"
     source += "print(COUNT, get_preset().data_dir, (get_preset().data_dir / 'gate_sweep.csv').is_file())\n"
     path = write_notebook(tmp_path / "01_x.ipynb", "COUNT = 1000", source + "provenance()['fast']", tags=["parameters"])
     before = path.read_bytes()
-    publish.publish_fast(path, tmp_path / "out")
+    execution.publish_fast(path, tmp_path / "out")
     assert path.read_bytes() == before
     written = nbformat.read(tmp_path / "out/notebooks/01_x.ipynb", as_version=4)
     assert written.cells[-1].outputs[0].text == f"2 {tmp_path / 'out' / 'data'} True\n"
-    assert written.cells[0].source == publish.FAST_MARK
-    assert "is a fast run, whose numbers are no results" in publish.faults(written)
-    assert publish.main(["--check", str(tmp_path / "out/notebooks/01_x.ipynb")]) == 1
+    assert written.cells[0].source == tidying.FAST_MARK
+    assert "is a fast run, whose numbers are no results" in tidying.faults(written)
+    assert command.main(["--check", str(tmp_path / "out/notebooks/01_x.ipynb")]) == 1
 
 
 def test_results_of_fast_runs_go_where_they_are_told(tmp_path, monkeypatch):
@@ -157,20 +162,20 @@ def test_results_of_fast_runs_go_where_they_are_told(tmp_path, monkeypatch):
 )
 def test_faults_are_found(output, fault):
     cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
-    assert any(fault in found for found in publish.faults(nbformat.v4.new_notebook(cells=[cell])))
+    assert any(fault in found for found in tidying.faults(nbformat.v4.new_notebook(cells=[cell])))
 
 
 def test_a_notebook_that_was_not_run_is_found():
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell("1", execution_count=2)], metadata={"widgets": {}}
     )
-    found = publish.faults(notebook)
+    found = tidying.faults(notebook)
     assert "was not executed once, from first to last cell" in found
     assert "keeps the state of widgets" in found
 
 
 def test_the_committed_state_passes_the_check(capsys):
-    assert publish.main(["--check"]) == 0
+    assert command.main(["--check"]) == 0
     assert "OK: 5 notebooks and the README" in capsys.readouterr().out
 
 
@@ -188,13 +193,13 @@ def test_readme_tables_are_written_between_markers(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(readme, "README", path)
     monkeypatch.delenv("PRESET", raising=False)
     assert readme.stale_blocks() == ["pair"]
-    assert publish.main(["--readme"]) == 0
+    assert command.main(["--readme"]) == 0
     assert capsys.readouterr().out == "README.md: pair\n"
     text = path.read_text()
     assert text.startswith("before\n<!-- results:pair -->\n|  | large (3.05 M) |")
     assert text.endswith("|\n<!-- /results:pair -->\nafter\n")
     assert readme.stale_blocks() == []
-    assert publish.main(["--readme"]) == 0
+    assert command.main(["--readme"]) == 0
     assert path.read_text() == text
 
 
@@ -242,7 +247,7 @@ def test_broken_markers_are_told(text, tmp_path, monkeypatch, capsys):
     path.write_text(text)
     monkeypatch.setattr(readme, "README", path)
     monkeypatch.delenv("PRESET", raising=False)
-    assert publish.main(["--readme"]) == 1
+    assert command.main(["--readme"]) == 1
     assert "README.md" in capsys.readouterr().err
     assert path.read_text() == text
 

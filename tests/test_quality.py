@@ -6,12 +6,15 @@ import torch
 from conftest import random_ids, tiny_model
 from transformers import DynamicCache
 
-from helpers.corpora import pack_tokens, read_stories, split_holdout
-from helpers.metrics import bootstrap_mean, kl_divergence, next_token_hits
-from helpers.models import load_model
-from helpers.policies import FixedBits
-from helpers.quality import full_precision_accuracy, measure_store, quality_table, sample_sequences
-from helpers.stores import Store
+from helpers.evaluation.bootstrap import bootstrap_mean
+from helpers.evaluation.fixed_widths import quality_table, sample_sequences
+from helpers.evaluation.methods import PackedMethod
+from helpers.evaluation.metrics import kl_divergence, next_token_hits
+from helpers.evaluation.quality import full_precision_accuracy, measure_method
+from helpers.models.loading import load_model
+from helpers.models.stories import read_stories, split_holdout
+from helpers.models.tokens import pack_tokens
+from helpers.policies.rules import FixedBits
 
 
 def test_kl_by_hand():
@@ -41,12 +44,12 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
 
 def test_a_cache_that_keeps_everything_loses_nothing():
     model, ids = tiny_model("llama"), random_ids(4, 64)
-    measured = measure_store(model, ids, Store(FixedBits(16), 8), first=8, batch=3)
+    measured = measure_method(model, ids, PackedMethod(FixedBits(16), 8), first=8, batch=3)
     assert measured["kl"].shape == (4,)
     assert measured["kl"].max() < 1e-4
     assert np.abs(measured["accuracy"] - full_precision_accuracy(model, ids, 8)).max() < 0.05
     table = quality_table(
-        model, ids, [Store(FixedBits(b), 8, q) for b in (4, 2) for q in ("rotated", "minmax")], "random"
+        model, ids, [PackedMethod(FixedBits(b), 8, q) for b in (4, 2) for q in ("rotated", "minmax")], "random"
     )
     assert (table.kl_low < table.kl).all()
     assert (table.kl < table.kl_high).all()
@@ -72,7 +75,9 @@ def test_quality_on_a_real_model(shared):
     model, tokenizer = load_model(shared / "models/stories3M", device="cpu", quiet=True)
     sampled = sample_sequences(model, 24, 256, seed=0)
     kl = {
-        (bits, block, quantizer): measure_store(model, sampled, Store(FixedBits(bits), block, quantizer))["kl"].mean()
+        (bits, block, quantizer): measure_method(model, sampled, PackedMethod(FixedBits(bits), block, quantizer))[
+            "kl"
+        ].mean()
         for bits, block, quantizer in ((4, 1, "rotated"), (4, 16, "rotated"), (2, 16, "rotated"), (4, 16, "minmax"))
     }
     assert kl[4, 1, "rotated"] < 0.044
@@ -81,13 +86,13 @@ def test_quality_on_a_real_model(shared):
     assert kl[4, 16, "rotated"] < kl[4, 16, "minmax"]
     _, held_out = split_holdout(read_stories(shared / "data/tinystories_sample.txt"))
     packed = torch.tensor(pack_tokens(tokenizer(held_out, verbose=False)["input_ids"], 512))[:16]
-    assert measure_store(model, packed, Store(FixedBits(4)), first=256)["kl"].mean() < 0.0242
+    assert measure_method(model, packed, PackedMethod(FixedBits(4)), first=256)["kl"].mean() < 0.0242
 
 
 def test_sixteen_bits_on_a_real_model(shared):
     model, tokenizer = load_model(shared / "models/stories3M", device="cpu", quiet=True)
     ids = torch.tensor([tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
-    from helpers.kv_cache import PackedKVCache
+    from helpers.cache.kv_cache import PackedKVCache
 
     expected = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False)
     for bits in (16, None):

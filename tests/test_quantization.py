@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from helpers import quantization
-from helpers.quantization import (
+from helpers.cache import quantization
+from helpers.cache.quantization import (
     WIDTHS,
     bytes_per_vector,
     check_width,

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import main
-from helpers.collection import read_training_data
-from helpers.files import ROOT, atomic_path, environment_table, provenance, relative_to_root, write_json
-from helpers.models import PRESETS
+from helpers.io.atomic import atomic_path
+from helpers.io.paths import ROOT, relative_to_root
+from helpers.io.provenance import environment_table, provenance
+from helpers.io.results import write_json
+from helpers.models.presets import PRESETS
+from helpers.training.table import read_training_data
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -60,10 +63,10 @@ def test_collect_from_the_command_line(tiny_folder, tmp_path, capsys):
 
 
 def test_quality_from_the_command_line(tiny_folder, tmp_path, capsys, monkeypatch):
-    from helpers import quality
+    from helpers.evaluation import fixed_widths
 
-    monkeypatch.setattr(quality, "SAMPLED_STORES", quality.SAMPLED_STORES[2:3])
-    monkeypatch.setattr(quality, "TEXT_STORES", quality.TEXT_STORES[1:2])
+    monkeypatch.setattr(fixed_widths, "SAMPLED_METHODS", fixed_widths.SAMPLED_METHODS[2:3])
+    monkeypatch.setattr(fixed_widths, "TEXT_METHODS", fixed_widths.TEXT_METHODS[1:2])
     out = tmp_path / "q.csv"
     arguments = [
         "--model",
@@ -93,6 +96,6 @@ def test_committed_training_data_is_sound():
 
 
 def test_helpers_import_from_anywhere(tmp_path):
-    command = [sys.executable, "-c", "import helpers.kv_cache, helpers.attention; print('ok')"]
+    command = [sys.executable, "-c", "import helpers.cache; print('ok')"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "ok\n"
     assert torch.__version__.startswith("2.13.0")

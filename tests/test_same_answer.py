@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from helpers.files import ROOT
+from helpers.io.paths import ROOT
 
 # Columns that are measured with a clock.
 TIMES = ["latency", "seconds", "first_token_seconds"]

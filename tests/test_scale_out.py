@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import main
-from helpers import processes
-from helpers.collection import COLUMNS
-from helpers.files import ROOT
-from helpers.models import choose_device
-from helpers.processes import share_out, spread
+from helpers.io import processes
+from helpers.io.paths import ROOT
+from helpers.io.processes import share_out, spread
+from helpers.models.loading import choose_device
+from helpers.training.table import COLUMNS
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "up", "to", "it", "while", "old", "birds", "sang")
 # Both launchers, as the README gives them.
@@ -80,7 +80,7 @@ def test_two_processes_collect_what_one_collects(launcher, tiny_folder, sources,
 
 def test_two_processes_take_up_what_one_left(tiny_folder, sources, tmp_path, monkeypatch):
     """A collection interrupted in one process is completed by two, with no text lost or read twice."""
-    from helpers import collection
+    from helpers.training import collection
 
     options = [
         "collect",
@@ -119,15 +119,17 @@ def test_two_processes_take_up_what_one_left(tiny_folder, sources, tmp_path, mon
 FEW_STORES = """
 import sys
 import main
-from helpers import comparison
-from helpers.policies import AgeSchedule, EntropyRule, FixedBits, Step
-from helpers.stores import FullPrecision, Store
+from helpers.evaluation import comparison
+from helpers.policies.schedules import AgeSchedule
+from helpers.policies.rules import EntropyRule, FixedBits
+from helpers.policies.policy import Step
+from helpers.evaluation.methods import FullPrecision, PackedMethod
 
-schedule = Store(AgeSchedule(8, (Step(1, 2, keep=0.25),), "random"))
-comparison.default_stores = lambda controllers: {
+schedule = PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), "random"))
+comparison.default_methods = lambda controllers: {
     "full precision": [FullPrecision()],
-    "static": [Store(FixedBits(4))],
-    "rule": [Store(EntropyRule((3.0, 4.0, 5.0)))],
+    "static": [PackedMethod(FixedBits(4))],
+    "rule": [PackedMethod(EntropyRule((3.0, 4.0, 5.0)))],
     "schedule": [schedule],
 }
 sys.exit(main.main(sys.argv[1:]))

@@ -6,10 +6,13 @@ import torch
 from conftest import random_ids, tiny_model
 from transformers import DynamicCache
 
-from helpers.corpora import load_stories
-from helpers.metrics import kl_divergence, rank_correlation
-from helpers.models import load_model
-from helpers.sensitivity import exact_costs, fisher_costs, head_costs, optimal_bits, text_states
+from helpers.evaluation.metrics import kl_divergence, rank_correlation
+from helpers.models.loading import load_model
+from helpers.models.stories import load_stories
+from helpers.training.allocation import optimal_bits
+from helpers.training.exact import exact_costs
+from helpers.training.fisher import fisher_costs, head_costs
+from helpers.training.states import text_states
 
 
 def replaced_by_hand(model, ids, at, bits, horizon):

@@ -10,20 +10,15 @@ import pytest
 import torch
 from conftest import random_ids
 
-from helpers import hub
-from helpers.corpora import (
-    load_multiple_choice,
-    load_stories,
-    pack_tokens,
-    read_articles,
-    read_multiple_choice,
-    read_stories,
-    sample_texts,
-    split_holdout,
-)
-from helpers.files import ROOT
-from helpers.hub import HubError, fetch_model
-from helpers.models import PRESETS, choose_device, encode, get_preset, load_model
+from helpers.io.paths import ROOT
+from helpers.models import hub
+from helpers.models.articles import read_articles
+from helpers.models.hub import HubError, fetch_model
+from helpers.models.items import load_multiple_choice, read_multiple_choice, sample_texts
+from helpers.models.loading import choose_device, load_model
+from helpers.models.presets import PRESETS, get_preset
+from helpers.models.stories import load_stories, read_stories, split_holdout
+from helpers.models.tokens import encode, pack_tokens
 
 ITEM = {"ind": 4, "ctx": "A dog runs. ", "endings": ["It barks.", "It flies."], "label": "0"}
 

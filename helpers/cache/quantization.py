@@ -1,0 +1,144 @@
+"""Bits and bytes: how one vector of a key or value becomes packed codes with a scale and a zero, and back.
+
+Knows nothing of caches or tokens. Vectors lie along the last dimension; every leading dimension is a batch. Keys and
+values are rotated before they come here (see `rotation_matrix`), which spreads outlier channels so that one scale per
+vector is enough (QuaRot, arXiv 2404.00456).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+WIDTHS = (2, 4, 8, 16)
+
+
+FULL_WIDTH = 16
+
+
+# Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
+STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
+
+
+SEARCHED_AT_ONCE = 2**18  # numbers, all steps together: few operations for a block
+
+
+CHUNK = 2**18  # numbers of a prompt that a CPU quantizes at once, so that all that is made of them stays in its caches
+
+
+def check_width(bits: int, name: str = "bits") -> int:
+    """Return `bits` if it is one of 2, 4, 8, 16; raise `ValueError` naming the argument otherwise."""
+    if bits not in WIDTHS:
+        raise ValueError(f"{name} must be one of {WIDTHS}, got {bits!r}")
+    return int(bits)
+
+
+def bytes_per_vector(head_dim: int, bits: int) -> int:
+    """Bytes of the codes of one vector; raises `ValueError` where they would not fill whole bytes."""
+    check_width(bits)
+    if head_dim * bits % 8:
+        raise ValueError(f"head_dim must be a multiple of {8 // bits} to be packed at {bits} bits, got {head_dim}")
+    return head_dim * bits // 8
+
+
+@lru_cache(maxsize=16)
+def rotation_matrix(head_dim: int, seed: int = 0) -> torch.Tensor:
+    """A fixed orthogonal matrix `[head_dim, head_dim]`, float64; a row vector `x` is rotated as `x @ R`.
+
+    Randomised Hadamard (Sylvester's construction, random signs) where `head_dim` is a power of two, else the Q of a
+    seeded QR decomposition.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if head_dim & (head_dim - 1) == 0:
+        hadamard = torch.ones(1, 1, dtype=torch.float64)
+        while hadamard.shape[0] < head_dim:
+            hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        signs = torch.randint(0, 2, (head_dim, 1), generator=generator).double() * 2 - 1
+        return signs * hadamard / math.sqrt(head_dim)
+    gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q.contiguous()
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack `uint8` codes `[..., n]`, each below `2**bits`, into `uint8 [..., n * bits / 8]`.
+
+    With `p = 8 / bits` codes a byte, byte `j` holds the codes `j, j + n/p, j + 2n/p, ...`, lowest bits first: each
+    bit field of a run of bytes unpacks to a contiguous run of the vector.
+    """
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes
+    fields = codes.unflatten(-1, (per_byte, -1))
+    packed = fields[..., 0, :].clone()
+    for field in range(1, per_byte):
+        packed |= fields[..., field, :] << (bits * field)
+    return packed
+
+
+def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack_codes`: `uint8 [..., n * bits / 8]` to `uint8 [..., n]`."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (bits * field)) & mask for field in range(per_byte)], dim=-1)
+
+
+def _round_to_grid(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x - zero).div_(safe).round_().clamp_(0, 2**bits - 1)
+
+
+def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize vectors to uniform codes.
+
+    `x`: float `[..., n]`. Returns packed codes `uint8 [..., n * bits / 8]` and `float16 [..., 2]` holding scale and
+    zero; a code `c` stands for `zero + scale * c`. The grid spans minimum to maximum; at 2 bits with `search` it is
+    shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8.
+    """
+    if x.device.type == "cpu" and x.numel() > CHUNK:
+        vectors = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1]))
+        codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search) for part in vectors)))
+        return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
+    return _quantize(x, bits, search)
+
+
+def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    levels = 2**bits - 1
+    if bits == 2 and search:
+        middle, half = (low + high) / 2, (high - low) / 2
+        best_error = torch.full_like(low, torch.inf)
+        best_half = half
+        at_once = max(1, SEARCHED_AT_ONCE // max(1, x.numel()))
+        for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
+            candidates = half * shares.view(-1, *[1] * x.ndim)
+            scale, zero = 2 * candidates / levels, middle - candidates
+            error = _round_to_grid(x, scale, zero, bits).mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
+            error, which = error.min(0, keepdim=True)
+            better = error[0] < best_error
+            best_error = torch.where(better, error[0], best_error)
+            best_half = torch.where(better, candidates.gather(0, which)[0], best_half)
+        low, high = middle - best_half, middle + best_half
+    scales = torch.cat([(high - low) / levels, low], dim=-1).to(torch.float16)
+    # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
+    scale, zero = scales.to(x.dtype).split(1, dim=-1)
+    codes = _round_to_grid(x, scale, zero, bits).to(torch.uint8)
+    return pack_codes(codes, bits), scales
+
+
+def dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `quantize` up to its error: `[..., n]` in `dtype`."""
+    scale, zero = scales.to(dtype).split(1, dim=-1)
+    return unpack_codes(packed, bits).to(dtype).mul_(scale).add_(zero)
+
+
+Widths = int | tuple[int, int]
+
+
+def width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+    """Key bits and value bits of a width or a pair; raises `ValueError` for anything else."""
+    pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")
+    return check_width(pair[0], name), check_width(pair[1], name)

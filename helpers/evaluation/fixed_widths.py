@@ -1,0 +1,84 @@
+"""What fixed widths cost, on sampled and on real text: `python main.py quality`."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from helpers.evaluation.bootstrap import bootstrap_mean
+from helpers.evaluation.methods import PackedMethod
+from helpers.evaluation.quality import full_precision_accuracy, measure_method
+from helpers.policies.rules import FixedBits
+
+SAMPLED_METHODS = (
+    PackedMethod(FixedBits(4), 1, "minmax"),
+    PackedMethod(FixedBits(4), 1),
+    PackedMethod(FixedBits(4), 16),
+    PackedMethod(FixedBits(2), 1, "minmax"),
+    PackedMethod(FixedBits(2), 1),
+    PackedMethod(FixedBits(2), 16),
+)
+
+
+TEXT_METHODS = (
+    PackedMethod(FixedBits(8)),
+    PackedMethod(FixedBits(4)),
+    PackedMethod(FixedBits(4), quantizer="minmax"),
+    PackedMethod(FixedBits(2)),
+    PackedMethod(FixedBits(2), quantizer="minmax"),
+)
+
+
+@torch.no_grad()
+def sample_sequences(model: PreTrainedModel, count: int, length: int, seed: int = 0, batch: int = 50) -> torch.Tensor:
+    """`count` sequences `[count, length]` sampled from the model at temperature 1, from its beginning-of-text token.
+
+    The end of a text is just another token: what comes after it is the next text.
+    """
+    if model.config.bos_token_id is None:
+        raise ValueError("the model has no beginning-of-text token (config.bos_token_id) to sample from")
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    parts = []
+    for start in tqdm(range(0, count, batch), desc="sampling", leave=False):
+        rows = min(batch, count - start)
+        ids = torch.full((rows, 1), model.config.bos_token_id, device=model.device)
+        cache = DynamicCache(config=model.config)
+        while ids.shape[1] < length:
+            logits = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+        parts.append(ids)
+    return torch.cat(parts)
+
+
+def quality_table(
+    model: PreTrainedModel, sequences: torch.Tensor, stores: Sequence[PackedMethod], text: str, first: int = 0
+) -> pd.DataFrame:
+    """One row a store: mean KL and accuracy with 95% bootstrap intervals over sequences, and widths."""
+    rows = []
+    full = full_precision_accuracy(model, sequences, first)
+    for store in stores:
+        measured = measure_method(model, sequences, store, first)
+        kl, kl_low, kl_high = bootstrap_mean(measured["kl"])
+        loss, loss_low, loss_high = bootstrap_mean(measured["accuracy"] - full)
+        rows.append(
+            {
+                "text": text,
+                "sequences": len(sequences),
+                "tokens": sequences.shape[1],
+                "store": f"{store.policy.name}, block {store.block}"
+                + ", plain min-max" * (store.quantizer == "minmax"),
+                "code_bits": measured["code_bits"],
+                "bits_per_element": measured["bits_per_element"],
+                "kl": kl,
+                "kl_low": kl_low,
+                "kl_high": kl_high,
+                "accuracy": float(measured["accuracy"].mean()),
+                "accuracy_full": float(full.mean()),
+                "accuracy_change": loss,
+                "accuracy_change_low": loss_low,
+                "accuracy_change_high": loss_high,
+            }
+        )
+    return pd.DataFrame(rows)

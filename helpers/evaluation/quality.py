@@ -1,0 +1,85 @@
+"""What packing costs in quality: KL to full precision and next-token accuracy of fixed widths, block by block.
+
+    python main.py quality --model MODEL --texts STORIES
+
+Two kinds of text: sequences that the model itself samples at temperature 1 (its own distribution, harder), and the
+last tenth of a story file, packed.
+"""
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
+from helpers.cache.quantization import WIDTHS
+from helpers.evaluation.methods import Method
+from helpers.evaluation.metrics import kl_divergence, next_token_hits
+from helpers.io.processes import spread
+from helpers.policies.features import surprisal
+from helpers.policies.reading import score_blocks
+
+
+@torch.no_grad()
+def measure_method(
+    model: PreTrainedModel, sequences: torch.Tensor, store: Method, first: int = 0, batch: int = 25
+) -> dict[str, object]:
+    """Quality of one store on `sequences` `[count, tokens]`, over the positions from `first` on.
+
+    Several processes (see `helpers.processes`) share the batches; all get the same result.
+    Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); the averages
+    `code_bits`, `bits_per_element` and `live_bytes` (of one sequence) of the cache as the last token sees it, its tail
+    counted; `peak_bytes`, the most that one sequence ever held with spare capacity; and `widths`, the shares of 2,
+    4, 8 and 16 bits among the widths chosen at commit.
+    """
+    batches = sequences.split(batch)
+    parts = spread(
+        lambda number: _measure_batch(model, batches[number], store, number, first), list(map(len, batches)), store.name
+    )
+    arrays = {name: np.array([x for part in parts for x in part[name]]) for name in ("kl", "accuracy", "loss")}
+    held = ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")
+    means = {name: float(np.mean([part[name] for part in parts])) for name in held}
+    widths = sum(part["widths"] for part in parts)
+    return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
+
+
+def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, store: Method, number: int, first: int) -> dict:
+    """`measure_method` for the rows of batch `number`; `widths` are counts."""
+    reference = model(input_ids=rows).logits
+    cache, driver = store.open(model, number)
+    kl, hits, losses, peak = [], [], [], 0
+    for span, logits in score_blocks(model, rows, cache, driver, store.block):
+        kl.append(kl_divergence(reference[:, span], logits))
+        following = rows[:, span.start + 1 : span.stop + 1]
+        logits = logits[:, : following.shape[1]]
+        hits.append(next_token_hits(logits, following))
+        losses.append(surprisal(logits, following))
+        peak = max(peak, stored_bytes(cache))
+        now = code_bits(cache), live_bytes(cache)  # before this block is committed
+    measures = (("kl", kl), ("accuracy", hits), ("loss", losses))
+    result: dict = {name: torch.cat(parts, 1)[:, first:].double().mean(1).tolist() for name, parts in measures}
+    result["code_bits"], live = now
+    result["bits_per_element"] = 8 * live / (2 * rows.numel() * _numbers_per_token(model))
+    result["live_bytes"], result["peak_bytes"] = live / len(rows), peak / len(rows)
+    result["widths"] = np.zeros(len(WIDTHS))
+    if driver is not None and driver.chosen:
+        chosen = torch.cat([c.cpu() for c in driver.chosen], dim=1)
+        result["widths"] += [(chosen == bits).sum().item() for bits in WIDTHS]
+    return result
+
+
+def _numbers_per_token(model: PreTrainedModel) -> int:
+    """Key (or value) numbers that a token has in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers * heads * head_dim
+
+
+def full_precision_accuracy(model: PreTrainedModel, sequences: torch.Tensor, first: int, batch: int = 25) -> np.ndarray:
+    """Next-token accuracy of each sequence in full precision, over the positions from `first` on."""
+    accuracies = []
+    with torch.no_grad():
+        for rows in sequences.split(batch):
+            hits = next_token_hits(model(input_ids=rows).logits[:, first:-1], rows[:, first + 1 :])
+            accuracies += hits.float().mean(1).tolist()
+    return np.array(accuracies)

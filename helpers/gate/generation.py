@@ -1,0 +1,124 @@
+"""Entropy-gated generation: a small model writes, and where it is unsure a large model writes that token.
+
+    gate = EntropyGate.calibrate(small, tokenizer, texts, percentile=80)
+    result = gated_generate(small, large, tokenizer, "Once upon a time", gate)
+    result.text, result.usage, result.authors
+
+Both models keep caches. The large one is idle until the gate fires; then it reads all tokens that it has not seen in
+one forward and writes the next one. With usage p and cost ratio c (small to large, per token) no gate can be faster
+than `1 / (c + p)` times the large model. Here are the gate and its generation loop; how a threshold is found
+is in `calibration.py`, what to compare with in `gate_baselines.py`. One text at a time.
+"""
+
+import math
+import time
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.gate.gate import EntropyGate, draws
+from helpers.gate.prompts import check_context, check_same_tokens, end_tokens, prompt_ids
+from helpers.gate.reader import CacheFactory, Reader
+from helpers.gate.signals import check_signal, entropy_bits, regret, uncertainty
+from helpers.gate.text import LARGE, SMALL, Generated, Sampler, Streamer, TokenStream
+from helpers.policies.decoding import synchronise
+
+
+def gated_generate(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    gate: EntropyGate,
+    max_new_tokens: int = 50,
+    temperature: float = 0.0,
+    seed: int = 0,
+    large_tokenizer: PreTrainedTokenizerBase | None = None,
+    small_cache: CacheFactory | None = None,
+    large_cache: CacheFactory | None = None,
+    streamer: Streamer | None = None,
+    stop_at_end: bool = True,
+) -> Generated:
+    """Go on from `prompt`: the small model writes, the large one where the gate fires.
+
+    Greedy, or sampled with a `temperature` and a `seed`. Each model gets the prompt in the chat template of its own
+    tokenizer, where that has one; `tokenizer` is the small model's, and the large one's too unless `large_tokenizer`
+    is given. Ends with the end-of-text token of either model, which is kept in `token_ids`, or after
+    `max_new_tokens`; with `stop_at_end=False` only there. A cache factory takes the model and returns an empty cache
+    or a `PolicyDriver` around one; the default is `DynamicCache`. The streamer gets the small model's prompt, then
+    each token once it cannot be taken back any more.
+
+    Raises `ValueError` for tokenizers that differ, an empty prompt, and one that does not fit into a context.
+    """
+    large_tokenizer = large_tokenizer or tokenizer
+    check_same_tokens(tokenizer, large_tokenizer)
+    choose = Sampler(temperature, seed)
+    writer = Reader.start(small, prompt_ids(tokenizer, prompt), small_cache)
+    helper = Reader.start(large, prompt_ids(large_tokenizer, prompt), large_cache)
+    check_context(small, SMALL, len(writer.prompt), max_new_tokens)
+    check_context(large, LARGE, len(helper.prompt), max_new_tokens)
+    ends = end_tokens(small, large) if stop_at_end else set()
+    draw = draws(gate, writer.prompt) if gate.signal == "random" else None
+    keeps_predictions = gate.rollback is not None and writer.driver and "surprisal" in writer.driver.wanted
+    predictions: list[torch.Tensor] = []  # of the small model, one a step, where a rollback may need them
+    result = Generated("", [], [], [], 0.0, 0.0)
+    written, authors = result.token_ids, result.authors
+
+    synchronise(small.device)
+    started = time.perf_counter()
+    outlet = TokenStream(streamer, writer.prompt)
+    # Faster than no_grad, but what a packed cache keeps for later texts must not be born in it.
+    with torch.inference_mode(small_cache is None and large_cache is None), torch.no_grad():
+        while len(written) < max_new_tokens and not (written and written[-1] in ends):
+            logits = writer.read(written)[0]
+            if keeps_predictions:
+                predictions.append(logits)
+            verdicts = None
+            if gate.signal == "oracle":
+                verdicts = helper.read(written)
+                value = regret(verdicts[0], logits)
+            elif draw is not None:
+                value = draw()
+            else:
+                value = entropy_bits(logits) if gate.signal == "entropy" else float(uncertainty(logits, gate.signal))
+            check_signal(value, len(written))
+            fired = gate.fires(value)
+            result.signal.append(value)
+            if fired:
+                result.large_calls += 1
+                if verdicts is None:
+                    unread = len(helper.prompt) + len(written) - helper.seen
+                    verdicts = helper.read(written, min(unread, len(written) + 1) if gate.rollback is not None else 1)
+                stands = standing(verdicts, written, gate.rollback)
+                if excess := len(written) - stands:
+                    result.rollbacks += 1
+                    result.discarded += excess
+                    writer.take_back(excess, predictions[stands] if keeps_predictions else None)
+                    helper.take_back(excess, verdicts[-1 - excess])
+                    for kept, length in ((written, stands), (authors, stands), (result.signal, stands + 1)):
+                        del kept[length:]
+                    del predictions[stands + 1 :]
+                written.append(choose(verdicts[-1 - excess]))
+            else:
+                written.append(choose(logits))
+            authors.append(LARGE if fired else SMALL)
+            if fired or gate.rollback is None:
+                outlet.show(written)
+    outlet.show(written)
+    result.seconds = time.perf_counter() - started
+    result.first_token_seconds = outlet.first - started
+    outlet.end()
+    result.text = tokenizer.decode(written, skip_special_tokens=True)
+    return result
+
+
+def standing(verdicts: torch.Tensor, written: list[int], rollback: float | None) -> int:
+    """How many of the tokens stand when the large model's predictions `[n, vocabulary]` judge the last n - 1."""
+    judged = verdicts.shape[0] - 1
+    if rollback is None or not judged:
+        return len(written)
+    log_p = verdicts[:-1].to(torch.promote_types(verdicts.dtype, torch.float32)).log_softmax(-1)
+    tokens = torch.tensor(written[-judged:], device=verdicts.device)
+    cost = log_p.gather(-1, tokens[:, None])[:, 0] / -math.log(2)
+    too_dear = (cost > rollback).tolist()
+    return len(written) - judged + (too_dear.index(True) if True in too_dear else judged)

@@ -1,0 +1,62 @@
+"""Prompts of two models: chat templates, shared tokens, contexts, ends."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.models.tokens import encode
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt as the model of this tokenizer expects it: in its chat template if it has one.
+
+    Raises `ValueError` for a prompt of white space.
+    """
+    if not tokenizer.chat_template:
+        return encode(tokenizer, prompt)
+    if not prompt.strip():
+        raise ValueError("prompt is empty: there is nothing to go on from")
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_same_tokens(small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` that says what differs unless both tokenizers give the same ids the same meaning."""
+    if small is large:
+        return
+    ours, theirs = small.get_vocab(), large.get_vocab()
+    differ = next((token for token, at in ours.items() if theirs.get(token, at) != at), None)
+    only = next(iter(ours.keys() ^ theirs.keys()), None)
+    reason = None
+    if len(ours) != len(theirs):
+        reason = f"the small model's has {len(ours)} tokens and the large one's {len(theirs)}"
+    elif only is not None:
+        reason = f"token {only!r} is only in the {'small' if only in ours else 'large'} model's"
+    elif differ is not None:
+        reason = (
+            f"token {differ!r} is number {ours[differ]} in the small model's and {theirs[differ]} in the large one's"
+        )
+    elif small.eos_token_id != large.eos_token_id:
+        reason = f"texts end with {small.eos_token!r} in the small model's and {large.eos_token!r} in the large one's"
+    if reason:
+        raise ValueError(f"the two models must share one tokenizer, since they read each other's tokens: {reason}")
+
+
+def check_context(model: PreTrainedModel, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise `ValueError` where the prompt and what is to be written do not fit into the model's context."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt: {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit into the context of the "
+            f"{name} model ({limit} tokens)"
+        )
+
+
+def end_tokens(*models: PreTrainedModel) -> set[int]:
+    """Token ids that end a text for any of the models."""
+    ends: set[int] = set()
+    for model in models:
+        ids = model.generation_config.eos_token_id
+        ends |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return ends

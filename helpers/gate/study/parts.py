@@ -1,0 +1,125 @@
+"""Where a gated token's time goes."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.gate.gate import EntropyGate
+from helpers.gate.generation import gated_generate
+from helpers.gate.study.baselines import plain_generate
+from helpers.gate.study.evaluation import GATED
+from helpers.gate.text import LARGE, SMALL
+from helpers.policies.decoding import synchronise
+
+
+class ForwardTimes:
+    """While open, the seconds of every forward of some models, in order, by name."""
+
+    def __init__(self, **models: PreTrainedModel):
+        self.models, self.seconds = models, {name: [] for name in models}
+
+    def __enter__(self) -> "ForwardTimes":
+        self.handles = []
+        for name, model in self.models.items():
+
+            def start(module, args):
+                synchronise(module.device)
+                self.started = time.perf_counter()
+
+            def stop(module, args, output, name=name):
+                synchronise(module.device)
+                self.seconds[name].append(time.perf_counter() - self.started)
+
+            self.handles += [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def time_parts(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    gate: EntropyGate,
+    max_new_tokens: int = 50,
+    rounds: int = 3,
+) -> dict[str, float]:
+    """Where a gated token's time goes, in units of the large model's time per token: the parts add up to 1 / speed-up.
+
+    `small`: its forwards; `large_prompt`: the large model's first forward of each text; `large_later`: its others;
+    `loop`: all outside the models. For comparison, from each model alone: `small_alone`, `large_prompt_alone` (its
+    prompts) and `large_step_alone` (one token, all in the same unit); `catch_up` is the mean surcharge e of a later
+    forward over one token alone, so that `large_later` is about usage x (1 + e).
+    """
+    settings = {"max_new_tokens": max_new_tokens, "stop_at_end": False}
+    runs = {
+        GATED: lambda prompt: gated_generate(small, large, tokenizer, prompt, gate, **settings),
+        LARGE: lambda prompt: plain_generate(large, tokenizer, prompt, author=LARGE, **settings),
+        SMALL: lambda prompt: plain_generate(small, tokenizer, prompt, author=SMALL, **settings),
+    }
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for prompt in prompts:
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        for turn in range(rounds):
+            names = list(runs)[turn % 3 :] + list(runs)[: turn % 3]
+            for name in names:
+                with ForwardTimes(small=small, large=large) as times:
+                    result = runs[name](prompt)
+                of_small, of_large = times.seconds["small"], times.seconds["large"]
+                measured[name].append(
+                    {
+                        "all": result.seconds,
+                        "small": sum(of_small),
+                        "prompt": sum(of_large[:1]),
+                        "later": sum(of_large[1:]),
+                        "calls": len(of_large[1:]),
+                    }
+                )
+        for name, rows in measured.items():
+            parts[name].append({key: statistics.median(row[key] for row in rows) for key in rows[0]})
+    total = {name: pd.DataFrame(rows).sum() for name, rows in parts.items()}
+    unit, gated, alone = total[LARGE]["all"], total[GATED], total[LARGE]
+    step = alone["later"] / alone["calls"]
+    return {
+        "small": gated["small"] / unit,
+        "large_prompt": gated["prompt"] / unit,
+        "large_later": gated["later"] / unit,
+        "loop": (gated["all"] - gated["small"] - gated["prompt"] - gated["later"]) / unit,
+        "small_alone": total[SMALL]["all"] / unit,
+        "large_prompt_alone": alone["prompt"] / unit,
+        "large_step_alone": step * max_new_tokens * len(prompts) / unit,
+        "catch_up": gated["later"] / gated["calls"] / step - 1 if gated["calls"] else float("nan"),
+    }
+
+
+def ideal_with_prompt(speed: dict[str, float], parts: dict[str, float]) -> float:
+    """The best speed-up of a gate whose large model must read each prompt whole, however little it then writes.
+
+    From `speed_against_ideal` and `time_parts`: 1 / (c + p + (1 - p) q), with q the share of the prompt in the large
+    model's time alone.
+    """
+    return 1 / (speed["cost_ratio"] + speed["usage"] + (1 - speed["usage"]) * parts["large_prompt_alone"])
+
+
+def parts_against_ideal(speed: dict[str, float], parts: dict[str, float]) -> pd.DataFrame:
+    """Where a gated token's time goes and where the ideal's would, in units of the large model's time per token.
+
+    Rows: the small model, the large model's prompts and later forwards, the rest, and their sum (1 / speed-up);
+    columns `gated` and `ideal`. Takes what `speed_against_ideal` and `time_parts` return.
+    """
+    prompt = speed["usage"] * parts["large_prompt_alone"]
+    rows = {
+        "small model": (parts["small"], speed["cost_ratio"]),
+        "large model, prompt": (parts["large_prompt"], prompt),
+        "large model, later": (parts["large_later"], speed["usage"] - prompt),
+        "loop, signal, choice": (parts["loop"], 0.0),
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["gated", "ideal"])
+    table.loc["sum"] = table.sum()
+    return table.rename_axis("part")

@@ -1,0 +1,1 @@
+"""Files, provenance and processes: what every other package writes with. Knows nothing of models."""

@@ -1,0 +1,45 @@
+"""Results files: written whole or not at all, read with the notebook named that writes them."""
+
+import json
+from pathlib import Path
+
+from helpers.io.atomic import atomic_path
+from helpers.io.paths import relative_to_root
+
+
+def require(path: str | Path, notebook: str) -> Path:
+    """`path`, or a `FileNotFoundError` that names the notebook (`02_controller_training`) which writes it."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{relative_to_root(path)} is not there yet: run notebooks/{notebook}.ipynb first")
+    return path
+
+
+def read_result(path: str | Path, notebook: str, columns: tuple[str, ...] = (), rows: int = 1):
+    """The CSV that `notebook` wrote, as a data frame; `ValueError` where columns are missing or rows are too few."""
+    import pandas as pd
+
+    table = pd.read_csv(require(path, notebook))
+    missing = [name for name in columns if name not in table]
+    if missing or len(table) < rows:
+        fault = f"lacks column(s) {', '.join(missing)}" if missing else f"has {len(table)} row(s), fewer than {rows}"
+        raise ValueError(f"{relative_to_root(path)} {fault}: run notebooks/{notebook}.ipynb again")
+    return table
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write `content` as indented JSON, atomically; a result that is the same but for its `date` keeps the old date."""
+    path = Path(path)
+    if isinstance(content, dict) and "date" in content and path.is_file():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            old = None
+        if (
+            isinstance(old, dict)
+            and "date" in old
+            and {**old, "date": ""} == json.loads(json.dumps({**content, "date": ""}))
+        ):
+            content = {**content, "date": old["date"]}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Loading a causal language model with its tokenizer from a folder or from the hub."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.models.hub import fetch_model
+
+
+def choose_device() -> tuple[torch.device, torch.dtype]:
+    """The device to run on and the dtype that suits it: CUDA bf16 (fp16 on older cards), MPS fp16, CPU fp32.
+
+    Of several processes on a machine, each takes a GPU of its own as far as there are enough.
+    """
+    if torch.cuda.is_available():
+        rank = os.environ.get("LOCAL_RANK")
+        device = torch.device("cuda") if rank is None else torch.device("cuda", int(rank) % torch.cuda.device_count())
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), torch.float16
+    return torch.device("cpu"), torch.float32
+
+
+def load_model(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quiet: bool = False,
+    device_map: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, ready for inference with packed attention, and its tokenizer.
+
+    `source` is a folder in Hugging Face format or a hub name. Weights come from safetensors files only, and no code
+    from the repository is run. `device_map="auto"` spreads it over all devices, the CPU and the disk included, and
+    `"fit"` does so only where the files are larger than what is free on the device. Prints device and dtype unless
+    `quiet`. Raises `HubError` where the hub cannot help and `ValueError` where the folder holds no usable model.
+    """
+    default_device, default_dtype = choose_device()
+    device = torch.device(device or default_device)
+    dtype = dtype or (default_dtype if device.type == default_device.type else torch.float32)
+    folder = fetch_model(str(source))
+    if device_map == "fit":
+        device_map = None if fits(folder, device) else "auto"
+    try:
+        # Left out, `trust_remote_code` is a question to whoever sits at the keyboard.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, device_map=device_map, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model '{source}': no model in safetensors format with a tokenizer there ({error})"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model = use_packed_attention((model if device_map else model.to(device)).eval())
+    if not quiet:
+        count = sum(p.numel() for p in model.parameters())
+        shown = str(dtype).removeprefix("torch.")
+        print(f"{Path(source).name}: {count / 1e6:.2f}M parameters on {placement(model)}, {shown}")
+    return model, tokenizer
+
+
+def fits(folder: Path, device: torch.device) -> bool:
+    """Whether the weight files in `folder` are smaller than what is free on a CUDA device; True for other devices."""
+    if device.type != "cuda":
+        return True
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) < torch.cuda.mem_get_info(device)[0]
+
+
+def placement(model: PreTrainedModel) -> torch.device | dict[str, object]:
+    """Where a model's weights are: the device, or the map from modules to devices where there are several."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    return dict(spread) if len(set(spread.values())) > 1 else model.device

@@ -1,0 +1,38 @@
+"""From texts to token ids, and whether they fit a model's context."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> list[int]:
+    """Token ids of one text with the special tokens that the model expects, cut to `max_tokens`.
+
+    Raises `ValueError` for a text that holds nothing but white space.
+    """
+    if not text.strip():
+        raise ValueError("text is empty: there is nothing to read")
+    return tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
+
+
+def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0) -> None:
+    """Raise `ValueError` where a text and what is to be written do not fit into the context of `model`."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens + max_new_tokens > limit:
+        written = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        raise ValueError(
+            f"a text of {tokens} tokens{written} does not fit into the context of this {model.config.model_type} model "
+            f"({limit} tokens): cut it"
+        )
+
+
+def pack_tokens(token_ids: Iterable[list[int]], length: int) -> list[list[int]]:
+    """Concatenate token lists and cut them into rows of exactly `length`; the rest that fills no row is dropped."""
+    flat = [token for ids in token_ids for token in ids]
+    return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
+
+
+def check_not_empty(input_ids: torch.Tensor) -> None:
+    if not input_ids.numel():
+        raise ValueError("input_ids holds no token: there is nothing to read")

@@ -1,0 +1,1 @@
+"""Policies and what runs a model under one."""

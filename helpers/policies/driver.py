@@ -1,0 +1,271 @@
+"""`PolicyDriver`: the only place where policies and caches meet."""
+
+import copy
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+from helpers.cache.accounting import explain_out_of_memory
+from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.quantization import Widths, width_pair
+from helpers.cache.store import Demotion
+from helpers.models.tokens import check_not_empty
+from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities, surprisal_of
+from helpers.policies.policy import Policy
+from helpers.policies.rarity import TokenCounts
+
+
+class PolicyDriver(LogitsProcessor):
+    """Commits the tokens of `cache` at the widths that `policy` chooses.
+
+    In `generate()` it works as a logits processor. `generate()` shows its caller only the last logits, so a policy
+    that reads features needs the prompt run through `prefill` first:
+
+        driver = PolicyDriver(model, cache, policy)
+        model.generate(**driver.prefill(inputs), cache=cache, logits_processor=[driver])
+
+    Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
+    token counts from which rarity starts (by default those that the policy was trained with; each row goes on with a
+    copy of its own). `extra` names features that
+    `observe` computes although the policy does not read them. Among several logits processors it belongs first, or
+    it sees what the others made of the logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedKVCache,
+        policy: Policy,
+        counts: TokenCounts | None = None,
+        extra: tuple[str, ...] = (),
+    ):
+        self.model, self.cache, self.policy = model, cache, policy
+        self.wanted = {*policy.needs, *policy.needs_settled, *extra}
+        unknown = self.wanted - set(TokenFeatures.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"{policy.name}: unknown feature(s) {sorted(unknown)}")
+        if "attn_var" in self.wanted:
+            if not cache.reads_packed:
+                raise ValueError("attn_var comes out of packed attention: call use_packed_attention(model) first")
+            cache.record_variance = True
+        if policy.needs_received:
+            if not cache.reads_packed:
+                raise ValueError("received attention needs packed attention: call use_packed_attention(model) first")
+            cache.record_received = True
+        note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
+        self.reads_logits = bool(policy.needs or policy.needs_settled)
+        cache.rows_note = note if self.reads_logits else ""
+        self.start_counts = counts or policy.start_counts or TokenCounts()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text; call it together with `cache.reset()`."""
+        self.row_counts: list[TokenCounts] | None = None
+        self.latest = TokenFeatures()  # of the tokens observed last
+        self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
+        self.features = TokenFeatures()
+        self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
+        self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
+        self.pending = TokenFeatures()  # of committed tokens from position `pending_start` on, for settling
+        self.pending_start = 0
+        self.committed_ids: list[torch.Tensor] = []  # where rarity counts them, [B, tokens] each
+
+    @property
+    def features(self) -> TokenFeatures:
+        """Of the tokens in the tail."""
+        if len(self._parts) > 1:  # joined when somebody looks, not at every token
+            self._parts = [TokenFeatures.join(self._parts)]
+        return self._parts[0]
+
+    @features.setter
+    def features(self, features: TokenFeatures) -> None:
+        self._parts = [features]
+
+    def crop(self, tokens: int, last_logits: torch.Tensor | None = None) -> None:
+        """Take back the newest `tokens` tokens: from the cache and from all notes made of them.
+
+        `last_logits` `[B, vocabulary]` is the prediction after the last token that stays; a policy that reads
+        surprisal needs it for the token that comes next. Raises `ValueError` where it is missing then, or where the
+        cache holds fewer tokens.
+        """
+        if not 0 <= tokens <= self.cache.get_seq_length():
+            raise ValueError(
+                f"tokens must lie between 0 and {self.cache.get_seq_length()}, which are read, got {tokens}"
+            )
+        if not tokens:
+            return
+        length = self.cache.get_seq_length() - tokens
+        if "surprisal" in self.wanted and last_logits is None and length:
+            raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
+        self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
+        self.cache.crop(-tokens)
+        committed = self.cache.committed
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[:, : length - committed]
+        self.features = self.features.slice(0, length - committed)
+        self.pending = self.pending.slice(0, max(0, committed - self.pending_start))
+        self.pending_start = min(self.pending_start, committed)
+        self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
+        if self.committed_ids:
+            known = torch.cat(self.committed_ids, dim=1)
+            for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
+                counts.forget(row)
+            self.committed_ids = [known[:, :committed]]
+
+    @torch.no_grad()
+    def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run all but the last prompt token in one full-precision forward, commit them, return `inputs` unchanged.
+
+        `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
+        """
+        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        check_not_empty(input_ids)
+        if input_ids.shape[1] > 1:
+            kwargs = {}
+            if mask is not None and not bool(mask.all()):
+                kwargs = {
+                    "attention_mask": mask[:, :-1],
+                    "position_ids": (mask[:, :-1].long().cumsum(-1) - 1).clamp(min=0),
+                }
+                self.cache.visible = mask[:, :-1].bool()
+            with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
+                logits = self.model(input_ids=input_ids[:, :-1], cache=self.cache, **kwargs).logits
+                self.observe(input_ids[:, :-1], logits)
+        return inputs
+
+    def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Take note of tokens `[B, n]` just read by the model and the logits `[B, n, vocabulary]` that came of them."""
+        log_p = log_probabilities(logits) if self.wanted & {"entropy", "confidence", "surprisal"} else None
+        self.latest = TokenFeatures(
+            entropy=entropy_of(log_p) if "entropy" in self.wanted else None,
+            confidence=confidence_of(log_p) if "confidence" in self.wanted else None,
+            attn_var=self.cache.attention_variance if "attn_var" in self.wanted else None,
+            surprisal=self._surprisal(token_ids, log_p) if "surprisal" in self.wanted else None,
+        )
+        self._parts.append(self.latest)
+        self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
+        self._commit_ready()
+
+    def _surprisal(self, token_ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        """What each token cost under the prediction before it; the first of a text had none and gets 0."""
+        before, self.last_log_p = self.last_log_p, log_p[:, -1]
+        first = log_p.new_zeros(len(log_p), 1) if before is None else surprisal_of(before, token_ids[:, 0])[:, None]
+        if token_ids.shape[1] == 1:
+            return first
+        return torch.cat([first, surprisal_of(log_p[:, :-1], token_ids[:, 1:])], dim=1)
+
+    def _commit_ready(self) -> None:
+        if ready := self.cache.committable:
+            features = self._oldest(ready)
+            self._doubt_logits(features)
+            self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
+            if self.policy.needs_settled:
+                self.pending = TokenFeatures.join([self.pending, features])
+            if self.row_counts is not None:
+                self.committed_ids.append(self.token_ids[:, :ready])
+            self.features = self.features.slice(ready, None)
+            self.token_ids = self.token_ids[:, ready:]
+            self._settle_ready()
+
+    def _doubt_logits(self, features: TokenFeatures) -> None:
+        """Have the cache's next host read find out whether the logits behind `features` were numbers."""
+        known = features.confidence if features.entropy is None else features.entropy
+        if known is not None:
+            first = self.cache.committed
+            message = (
+                f"logits of tokens {first} to {first + known.shape[1] - 1} hold NaN or infinity: '{self.policy.name}' "
+                "has no entropy to choose by; run the model in float32 or bfloat16, or look for the first layer whose "
+                "output is not finite"
+            )
+            self.cache.doubt(known.sum(), message, message)
+
+    def _settle_ready(self) -> None:
+        """Move on the pending blocks that are old enough."""
+        steps = self.policy.steps
+        if not steps:
+            return
+        source, waited = self.policy.commit, 0
+        for step in steps:
+            # Blocks enter and leave a stage in order, so the newest that stay are as many as the blocks they wait for.
+            excess = self.cache.pending_blocks(source) - (step.after - waited)
+            if excess > 0:
+                keep = round(step.keep * self.cache.block)
+                last = step is steps[-1]
+                moved = self.cache.pending_tokens(source, excess)
+                self.cache.settle(source, step.bits, excess, keep, self._scores if keep else None, pending=not last)
+                if last and self.policy.needs_settled:
+                    self.pending = self.pending.slice(moved, None)
+                    self.pending_start += moved
+            source, waited = step.bits, step.after
+
+    def _scores(self, demotion: Demotion) -> torch.Tensor:
+        features = TokenFeatures()
+        if self.policy.needs_settled:
+            at = demotion.start - self.pending_start
+            features = self.pending.slice(at, at + demotion.key_error.shape[-1])
+        return self.policy.scores(demotion, features)
+
+    def _oldest(self, tokens: int) -> TokenFeatures:
+        """Features of the oldest `tokens` tokens of the tail."""
+        features = self.features.slice(0, tokens)
+        if "rarity" in self.wanted:
+            features.rarity = self._rarity(self.token_ids[:, :tokens])
+        if self.wanted & {"key_error", "value_error"}:
+            features.key_error, features.value_error = self.cache.tail_errors(tokens)
+        return features
+
+    def _choose(self, features: TokenFeatures, tokens: int) -> torch.Tensor | Widths:
+        """Widths of the oldest `tokens` tokens of the tail."""
+        rows = self.token_ids.shape[0]
+        widths = self.policy.widths(features, rows, tokens)
+        if isinstance(widths, np.ndarray):
+            widths = torch.from_numpy(widths)
+        if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
+            raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
+        record = widths
+        if not isinstance(widths, torch.Tensor):
+            keys, values = width_pair(widths)
+            record = torch.full((rows, tokens), keys if keys == values else (keys + values) / 2)
+        self.chosen.append(record)
+        return widths
+
+    def _rarity(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self.row_counts is None:
+            self.row_counts = [self.start_counts.copy() for _ in range(token_ids.shape[0])]
+        rows = [counts.rarity(row) for counts, row in zip(self.row_counts, token_ids.tolist(), strict=True)]
+        return torch.tensor(rows, dtype=torch.float32, device=token_ids.device)
+
+    def widths_so_far(self) -> torch.Tensor:
+        """Widths of all tokens, `[B, tokens]`: as committed, and for the tail as the policy would choose now."""
+        tail = self.token_ids.shape[1] if self.token_ids is not None else 0
+        if tail:
+            looking_ahead = copy.copy(self)
+            looking_ahead.policy, looking_ahead.chosen = copy.deepcopy(self.policy), list(self.chosen)
+            looking_ahead.row_counts = [counts.copy() for counts in self.row_counts] if self.row_counts else None
+            looking_ahead._choose(looking_ahead._oldest(tail), tail)
+            return torch.cat([w.cpu() for w in looking_ahead.chosen], dim=1)
+        return torch.cat([w.cpu() for w in self.chosen], dim=1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        held = self.cache.tail_length
+        if input_ids.shape[1] != self.cache.get_seq_length():
+            raise ValueError(
+                f"the cache holds {self.cache.get_seq_length()} tokens and the text {input_ids.shape[1]}: PolicyDriver "
+                "cannot follow assisted generation, which reads guesses ahead; use PackedKVCache(bits=...) with it"
+            )
+        if not self.reads_logits:
+            self.token_ids = input_ids[:, -held:]
+            self._commit_ready()
+            return scores
+        known = self.token_ids.shape[1] if self.token_ids is not None else 0
+        if known >= held:  # an earlier generate() read one token more than it kept, and took it back
+            known = held - 1
+            self.token_ids, self.features = self.token_ids[:, :known], self.features.slice(0, known)
+        if held - known > 1:
+            raise ValueError(
+                f"'{self.policy.name}' reads {', '.join(sorted(self.wanted))} of every token, and generate() shows "
+                "only the last one's: call driver.prefill(inputs) first (beam search is not possible with this policy)"
+            )
+        self.observe(input_ids[:, -1:], scores[:, None])
+        return scores

@@ -1,0 +1,152 @@
+"""Running one notebook from a fresh kernel, in full or small."""
+
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+
+from helpers.io.atomic import atomic_path
+from helpers.io.paths import FAST, ROOT
+from helpers.io.provenance import cpu_name
+from helpers.io.results import write_json
+from helpers.models.presets import DEFAULT_PRESET, get_preset
+from helpers.publishing import blocks as readme
+from helpers.publishing.explorers import STATIC
+from helpers.publishing.tidying import FAST_MARK, tidy
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+PROBE = "from helpers.io.provenance import peak_memory_bytes\nprint(peak_memory_bytes())"
+
+
+# What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
+FAST_PARAMETERS: dict[str, dict[str, object]] = {
+    "01_data_collection": {"MAX_TOKENS": 44},
+    "02_controller_training": {"TEXTS": 4, "FISHER_TEXTS": 1, "FOLDS": 2, "ROWS": 4, "ROW_TOKENS": 192, "HIDDEN": (8,)},
+    "03_controller_integration": {"NEW_TOKENS": 40, "ROWS": 2, "ROUNDS": 1, "LENGTH": 320},
+    "04_baseline_comparison": {"ROWS": 1, "LENGTH": 112, "FIRST": 64, "ITEMS": 2, "ROUNDS": 1, "LENGTHS": (48, 80)},
+    "05_gated_generation": {
+        "PROMPTS": 4,
+        "TUNING": 3,
+        "CUTS": (50,),
+        "NEW_TOKENS": 12,
+        "TARGETS": (0.2, 0.5),
+        "SWEEP": (0.2,),
+        "SPEED_PROMPTS": 2,
+        "PARTS_PROMPTS": 1,
+        "CACHE_PROMPTS": 1,
+    },
+}
+
+
+@dataclass
+class Run:
+    """What one full execution of a notebook took: wall time, and the kernel's largest resident memory."""
+
+    seconds: float
+    peak_bytes: int
+    device: str
+    date: str
+
+
+def execute(notebook: NotebookNode, name: str, folder: Path, variables: dict[str, str] | None = None) -> Run:
+    """Execute `notebook` in place from a fresh kernel in `folder`; `variables` are added to the environment.
+
+    Raises `RuntimeError` with the failing cell and its error.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Progress bars are for those who watch; on paper they would stand still.
+    environment = {
+        **os.environ,
+        "TQDM_DISABLE": "1",
+        STATIC: "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(paths),
+        **(variables or {}),
+    }
+    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": folder}},
+        extra_arguments=["--log-level=ERROR"],
+    )
+    started = time.perf_counter()
+    try:
+        client.execute(env=environment)
+    except (CellExecutionError, DeadKernelError) as error:
+        number = next(
+            (i for i, cell in enumerate(notebook.cells) for o in cell.get("outputs", []) if o.output_type == "error"),
+            None,
+        )
+        where = "" if number is None else f" at cell {number}"
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        raise RuntimeError(f"{name} stopped{where}:\n{message}") from error
+    seconds = time.perf_counter() - started
+    peak = int(notebook.cells.pop().outputs[0].text)
+    return Run(round(seconds, 1), peak, cpu_name(), date.today().isoformat())
+
+
+def publish(path: Path) -> Run:
+    """Execute the notebook `path`, replace it by the result, and note in `data/notebook_runs.json` what it took.
+
+    On presets other than the default the file and the note stay as they are. Raises `RuntimeError` with the failing
+    cell and its error; the file is then untouched.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    if path.parent == NOTEBOOKS:
+        _show_run(notebook, path.stem)  # a missing marker is found before an hour has gone
+    run = execute(notebook, path.name, path.parent)
+    if get_preset().name == DEFAULT_PRESET:
+        tidy(notebook)
+        if path.parent == NOTEBOOKS:
+            runs = readme.read_runs()
+            write_json(readme.RUNS, dict(sorted({**runs, path.stem: asdict(run)}.items())))
+            _show_run(notebook, path.stem)
+        with atomic_path(path) as temporary:
+            nbformat.write(notebook, temporary)
+    return run
+
+
+def _show_run(notebook: NotebookNode, stem: str) -> None:
+    """Bring the line of the opening cell that tells run time and memory up to date."""
+    first = notebook.cells[0]
+    first.source = readme.replace_block(first.source, "run", readme.run_line(stem), f"{stem}.ipynb", inline=True)
+
+
+def publish_fast(path: Path, out: Path) -> Run:
+    """Execute the notebook `path` small; it goes to `out/notebooks`, what it writes to `out/data` and `out/figures`.
+
+    `out/data` starts as a copy of the committed results, so that each notebook runs without those before it. The
+    written notebook is marked, in its metadata and in its first cell, as no result.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    overwrite = FAST_PARAMETERS.get(path.stem, {})
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "\n\n# fast run\n" + "\n".join(f"{name} = {value!r}" for name, value in overwrite.items())
+    shutil.rmtree(out / "data", ignore_errors=True)
+    for source in (ROOT / "data").glob("*"):
+        target = out / "data" / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_file():
+            shutil.copy(source, target)
+        elif source.name == "controllers":
+            shutil.copytree(source, target)
+    run = execute(notebook, path.name, path.parent, {FAST: str(out.resolve())})
+    notebook.metadata["fast_run"] = True
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(FAST_MARK))
+    with atomic_path(out / "notebooks" / path.name) as temporary:
+        nbformat.write(tidy(notebook), temporary)
+    return run

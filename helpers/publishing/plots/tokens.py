@@ -1,0 +1,68 @@
+"""A text as coloured boxes, one a token."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from helpers.cache.quantization import WIDTHS
+from helpers.publishing.plots.style import AUTHOR_LOOKS, WIDTH_COLOURS, WIDTH_INK
+
+
+def _width_look(bits: float) -> tuple[str, str]:
+    """Colour and ink of a width; of an average width, those of the nearest width on a logarithmic scale."""
+    nearest = WIDTHS[int(np.abs(np.log2(WIDTHS) - np.log2(bits)).argmin())]
+    return WIDTH_COLOURS[nearest], WIDTH_INK[nearest]
+
+
+def tokens_by_width(
+    tokens: Sequence[str], widths: Sequence[float], title: str, subtitle: str, size_inches: float = 8.0
+) -> Figure:
+    """A text as boxes, one a token, coloured by its (average) width, with the number of bits under it."""
+    looks = [_width_look(float(bits)) for bits in widths]
+    return _token_boxes(tokens, looks, [f"{bits:.2g}" for bits in widths], title, subtitle, size_inches)
+
+
+def tokens_by_author(
+    tokens: Sequence[str], authors: Sequence[str], signal: Sequence[float], title: str, subtitle: str,
+    size_inches: float = 8.0,
+) -> Figure:  # fmt: skip
+    """A gated text as boxes, one a token, coloured by the model that wrote it, with the signal's value under it."""
+    looks = [AUTHOR_LOOKS[author] for author in authors]
+    return _token_boxes(tokens, looks, [f"{value:.1f}" for value in signal], title, subtitle, size_inches)
+
+
+def _token_boxes(
+    tokens: Sequence[str], looks: Sequence[tuple[str, str]], notes: Sequence[str], title: str, subtitle: str,
+    size_inches: float,
+) -> Figure:  # fmt: skip
+    """Boxes of (colour, ink) that flow like text, a small note under each."""
+    figure = plt.figure(figsize=(size_inches, 2.0))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    renderer = figure.canvas.get_renderer()
+    dots = figure.dpi * size_inches
+    x, row, places = 0.01, 0, []
+    for token, look, note in zip(tokens, looks, notes, strict=True):
+        shown = token.replace("\n", "↵").strip() or "·"
+        text = axes.text(0, 0, shown, fontsize=9.5)
+        width = text.get_window_extent(renderer).width / dots + 0.016
+        text.remove()
+        if x + width > 0.99:
+            x, row = 0.01, row + 1
+        places.append((x, row, shown, look, note))
+        x += width + 0.003
+    rows = row + 1
+    height = 0.75 + 0.42 * rows
+    figure.set_size_inches(size_inches, height)
+    for x, row, shown, (colour, ink), note in places:
+        y = 1 - (0.85 + 0.42 * row) / height
+        axes.text(x + 0.008, y, shown, fontsize=9.5, color=ink, va="baseline",
+                  bbox={"facecolor": colour, "edgecolor": "none", "pad": 2.2})  # fmt: skip
+        axes.text(x + 0.008, y - 0.145 / height, note, fontsize=6.5, color="0.25", va="baseline")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.text(0.01, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", va="center")
+    axes.text(0.01, 1 - 0.42 / height, subtitle, fontsize=8.5, color="0.35", va="center")
+    return figure

@@ -1,0 +1,1 @@
+"""What the controllers learn from, and their fitting."""
