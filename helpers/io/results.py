@@ -5,6 +5,7 @@ from pathlib import Path
 
 from helpers.io.atomic import atomic_path
 from helpers.io.paths import relative_to_root
+from helpers.io.provenance import provenance
 
 
 def require(path: str | Path, notebook: str) -> Path:
@@ -43,3 +44,17 @@ def write_json(path: str | Path, content: object) -> None:
             content = {**content, "date": old["date"]}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_table(
+    path: str | Path,
+    table,
+    about: dict[str, object] | None = None,
+    float_format: str | None = "%.6g",
+    index: bool = False,
+) -> None:
+    """Write a data frame as the CSV `path`, atomically; with `about`, also `path` as .json: `about` and provenance."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=index, float_format=float_format)
+    if about is not None:
+        write_json(Path(path).with_suffix(".json"), about | provenance())
