@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.quantization import WIDTHS
-from helpers.cache.store import CENTRE_TOKENS
 from helpers.io.atomic import atomic_path
 from helpers.io.provenance import provenance
 from helpers.io.results import write_json
@@ -49,8 +49,7 @@ def measure_costs(
         states = text_states(cache)
         own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
         errors = {
-            f"{side}_error": states.store.relative_error(x, side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy()
-            for side, x in (("key", states.keys), ("value", states.values))
+            f"{side}_error": states.error(side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy() for side in ("key", "value")
         }
         costs = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
         part = table[table["text_id"] == text_id].assign(surprisal=own.cpu().numpy(), **errors)

@@ -5,29 +5,38 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from helpers.cache.store import CENTRE_TOKENS, PackedStore
+from helpers.cache.codec import CENTRE_TOKENS, Codec, make_codecs
 
 
 @dataclass
 class TextStates:
-    """Keys and values `[L, 1, H, T, D]` of one text in full precision, and the store that codes them."""
+    """Keys and values `[L, 1, H, T, D]` of one text in full precision, and the codecs that store them."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    store: PackedStore
+    key_codec: Codec
+    value_codec: Codec
+
+    def _of(self, side: str) -> tuple[torch.Tensor, Codec]:
+        return (self.keys, self.key_codec) if side == "key" else (self.values, self.value_codec)
 
     def stored(self, side: str, bits: int) -> torch.Tensor:
         """Keys or values as they come back from storage at `bits`, `[L, 1, H, T, D]`."""
-        states = self.keys if side == "key" else self.values
-        return self.store.decode(self.store.encode(states, side, bits), side, bits, slice(None)).to(states.dtype)
+        states, codec = self._of(side)
+        return codec.decode(codec.encode(states, bits)).to(states.dtype)
 
     def change(self, side: str, bits: int) -> torch.Tensor:
         """What storing at `bits` changes, `[L, 1, H, T, D]`."""
-        return self.stored(side, bits) - (self.keys if side == "key" else self.values)
+        return self.stored(side, bits) - self._of(side)[0]
+
+    def error(self, side: str, bits: int) -> torch.Tensor:
+        """Squared error of storing at `bits` over squared length, `[L, 1, H, T]`."""
+        states, codec = self._of(side)
+        return codec.relative_error(states, bits)
 
 
 def text_states(cache: Cache, quantizer: str = "rotated") -> TextStates:
-    """Keys and values that a full-precision forward left in `cache` (one row), with a store centred on them.
+    """Keys and values that a full-precision forward left in `cache` (one row), with codecs centred on them.
 
     Raises `ValueError` for models whose layers differ in shape, and for texts too short to be centred.
     """
@@ -37,7 +46,7 @@ def text_states(cache: Cache, quantizer: str = "rotated") -> TextStates:
     if keys[0].shape[2] < CENTRE_TOKENS:
         raise ValueError(f"a text needs {CENTRE_TOKENS} tokens or more, got {keys[0].shape[2]}")
     keys, values = torch.stack(keys), torch.stack(values)
-    store = PackedStore(list(range(len(keys))), keys[0], values[0], quantizer)
+    key_codec, value_codec = make_codecs(keys, values, quantizer)
     if quantizer == "rotated":
-        store.set_centre(keys[:, :, :, :CENTRE_TOKENS], torch.ones(1, CENTRE_TOKENS, device=keys.device))
-    return TextStates(keys, values, store)
+        key_codec.set_centre(keys)
+    return TextStates(keys, values, key_codec, value_codec)
