@@ -31,6 +31,7 @@ class Accounting:
 
     def stored_bytes(self) -> int:
         """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
+        self.end_forward()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
         return sum(storages.values())
 
@@ -39,10 +40,19 @@ class Accounting:
         spare = [x[:, :, layer.tail_length :] for layer in self._filled() for x in (layer.keys, layer.values)]
         live = self.stored_bytes() - sum(x.numel() * x.element_size() for x in spare)
         for store in self.stores:
-            for bucket in store.buckets.values():
-                whole, held = bucket.buffers.named().values(), bucket.held().named().values()
-                live -= sum((x.numel() - y.numel()) * x.element_size() for x, y in zip(whole, held, strict=True))
+            for bucket in store.layout.buckets.values():
+                for segment in bucket.segments:
+                    whole, held = segment.buffers.named().values(), segment.held().named().values()
+                    live -= sum((x.numel() - y.numel()) * x.element_size() for x, y in zip(whole, held, strict=True))
         return live
+
+    def peak_bytes(self) -> int:
+        """The most memory that the cache had at any moment since the last reset, temporary tensors included.
+
+        Counted are the tensors that it owns, what it makes while it works, and what it hands to attention.
+        """
+        self.peak.note(*self.tensors())
+        return self.peak.bytes
 
     def _filled(self) -> list[PackedLayer]:
         return [layer for layer in self.layers if layer.is_initialized]
@@ -65,12 +75,14 @@ class Accounting:
         return self._token_bits().float()
 
     def _token_bits(self) -> torch.Tensor:
+        self.end_forward()
         rows, heads = self.layers[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.layers)
-        total = torch.zeros(rows, self.committed + 1, dtype=torch.float64)  # the last takes what empty slots hold
-        for bucket in (bucket for store in self.stores for bucket in store.buckets.values()):
-            held = bucket.held()
-            at = held.positions().masked_fill(held.token == EMPTY, self.committed).transpose(0, 1).flatten(1).cpu()
-            bits = (bucket.stage.key_bits + bucket.stage.value_bits) / 2
+        packed = self.layers[0].packed_length
+        total = torch.zeros(rows, packed + 1, dtype=torch.float64)  # the last takes what empty slots hold
+        for stage, segment in (pair for store in self.stores for pair in store.layout.segments()):
+            held = segment.held()
+            at = held.positions().masked_fill(held.token == EMPTY, packed).transpose(0, 1).flatten(1).cpu()
+            bits = (stage.key_bits + stage.value_bits) / 2
             total.scatter_add_(1, at, torch.full(at.shape, bits, dtype=torch.float64))
         tail = total.new_full((rows, self.layers[0].tail_length), FULL_WIDTH)
         return torch.cat([total[:, :-1] / heads, tail], dim=1)

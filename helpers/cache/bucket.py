@@ -1,17 +1,19 @@
-"""`Bucket`: a growing buffer of tokens that are stored alike, in the order in which they came.
+"""Where packed tokens lie: `Segment`, allocated once; `Bucket`, the segments of tokens that are stored alike.
 
-A bucket knows which of its slots are in use and, if its tokens wait to be settled, which blocks they belong to. It
-knows nothing of how codes are made.
+A segment never grows and is never copied. A bucket takes a new one when its last is full, and lets go of one whose
+tokens have all left, which gives the memory back. Nothing here knows how codes are made.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens
 
-MIN_GROWTH = 64  # slots
+SPARE_SHARE = 16  # a new segment has room for this part of what its bucket holds
+FIRST_SLOTS = 32  # at most, of a bucket that holds little
 
 
 @dataclass(frozen=True, order=True)
@@ -23,125 +25,158 @@ class Stage:
     pending: bool = False
 
 
-@dataclass
-class Bucket:
-    """Tokens of one `Stage` in buffers of `capacity` slots, of which those from `start` to `end` are in use.
+# Buffers `[L, B, H, slots, ...]` for slots like the example's, of the same batch and heads and of all layers.
+Allocate = Callable[[PackedTokens, int], PackedTokens]
 
-    Rows may be filled unequally: `fill[row]` is the row's end, and slots beyond it are `EMPTY`.
+
+@dataclass
+class Segment:
+    """Slots `start` to `fill` of some buffers. Rows may be filled unequally; what lies beyond a row's end is `EMPTY`.
+
+    Copies share the buffers, so that one layer can be ahead of another in what it counts as filled.
     """
 
-    stage: Stage
-    reserved: int = 0  # slots of the first allocation
-    buffers: PackedTokens | None = None  # until the first tokens come
-    start: int = 0
-    fill: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    blocks: list[tuple[int, int]] = field(default_factory=list)  # of a pending bucket: (first position, slots)
+    buffers: PackedTokens
+    fill: np.ndarray  # [B], end of each row
     ragged: bool = False  # some slot in use is EMPTY: attention has to look
-
-    @property
-    def end(self) -> int:
-        return int(self.fill.max(initial=0))
-
-    @property
-    def capacity(self) -> int:
-        return self.buffers.token.shape[SLOT_DIM] if self.buffers else 0
 
     @property
     def slots(self) -> int:
         """Number of slots in use."""
-        return self.end - self.start
+        return int(self.fill.max(initial=0))
 
-    def held(self, layer: int | None = None) -> PackedTokens:
-        """The slots in use, as views: of all layers, or of one and then without that dimension."""
-        used = slice(self.start, self.end)
-        if layer is None:
-            return self.buffers.map(lambda x: x[:, :, :, used])
-        return self.buffers.map(lambda x: x[min(layer, len(x) - 1), :, :, used])  # block starts have one for all
+    @property
+    def capacity(self) -> int:
+        return self.buffers.token.shape[SLOT_DIM]
 
-    def append(self, tokens: PackedTokens, counts: np.ndarray | None = None, ragged: bool = False) -> None:
-        """Add slots at the back; with `counts`, only the first `counts[row]` of each row.
+    def held(self, layer: int | slice = slice(None)) -> PackedTokens:
+        """The slots in use, as views: of some layers, or of one and then without that dimension."""
+        used = self.slots
+
+        def view(x: torch.Tensor) -> torch.Tensor:
+            which = layer if x.shape[0] > 1 else (0 if isinstance(layer, int) else slice(None))  # block starts: one
+            return x[which, :, :, :used]
+
+        return self.buffers.map(view)
+
+    def write(self, tokens: PackedTokens, layers: slice, done: np.ndarray, take: np.ndarray, ragged: bool) -> None:
+        """Add slots `done[row]` to `done[row] + take[row]` of `tokens` to each row, in the layers `layers`."""
+        even = (self.fill == self.fill[0]).all() and (done == done[0]).all() and (take == take[0]).all()
+        rows = torch.as_tensor(np.repeat(np.arange(len(take)), take))
+        step = np.concatenate([np.arange(n) for n in take])
+        source = torch.as_tensor(step + np.repeat(done, take))
+        target = torch.as_tensor(step + np.repeat(self.fill, take))
+        buffers = self.buffers.named()
+        for name, new in tokens.named().items():
+            buffer = buffers[name]
+            buffer = buffer[layers] if buffer.shape[0] > 1 else buffer
+            if even:
+                at, first, n = int(self.fill[0]), int(done[0]), int(take[0])
+                buffer[:, :, :, at : at + n] = new[:, :, :, first : first + n]
+            else:
+                buffer[:, rows, :, target] = new[:, rows, :, source]
+        self.fill = self.fill + take
+        self.ragged = self.ragged or ragged or not (self.fill == self.fill[0]).all()
+
+    def crop(self, length: int) -> None:
+        """Drop the tokens at positions `length` and later; slots behind the last that stays are free again."""
+        held = self.held()
+        token = held.token
+        dropped = (held.positions() >= length) & (token != EMPTY)
+        if dropped.any():
+            token.masked_fill_(dropped, EMPTY)
+            used = (token != EMPTY).any(0).any(1).cpu().numpy()  # [B, slots]
+            self.fill = np.where(used.any(-1), used.shape[1] - used[:, ::-1].argmax(-1), 0)
+            self.ragged = bool((self.held().token == EMPTY).any())
+
+    def map_rows(self, index: torch.Tensor) -> "Segment":
+        """The same slots for the rows `index` of the batch."""
+        buffers = self.buffers.map(lambda x: x.index_select(1, index))
+        if self.ragged or len(index) != len(self.fill):  # equal rows need no look at it; it may be on another device
+            return Segment(buffers, self.fill[index.cpu().numpy()], self.ragged)
+        return Segment(buffers, self.fill, self.ragged)
+
+
+@dataclass
+class Bucket:
+    """Tokens of one `Stage`. A pending bucket has a segment a block, in text order, so that each can leave alone."""
+
+    stage: Stage
+    reserved: int = 0  # slots of the first segment, where the user asked for them
+    segments: list[Segment] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # of a pending bucket: (first position, slots)
+    expected: int = 0  # slots that are about to come, to be allocated in one piece
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in use."""
+        return sum(segment.slots for segment in self.segments)
+
+    def copy(self) -> "Bucket":
+        """A bucket that can go on by itself, over the same buffers."""
+        segments = [replace(segment) for segment in self.segments]
+        return Bucket(self.stage, self.reserved, segments, list(self.blocks), self.expected)
+
+    def append(
+        self,
+        tokens: PackedTokens,
+        layers: slice,
+        allocate: Allocate,
+        counts: np.ndarray | None = None,
+        ragged: bool = False,
+    ) -> None:
+        """Add slots at the back of the layers `layers`; with `counts`, only the first `counts[row]` of each row.
 
         `ragged` says that some of the slots may be `EMPTY`.
         """
         rows, n = tokens.token.shape[1], tokens.token.shape[SLOT_DIM]
-        if not self.fill.size:
-            self.fill = np.zeros(rows, dtype=np.int64)
-        self._reserve(n, tokens)
-        at, buffers = self.fill, self.buffers.named()
-        if (at == at[0]).all():
-            first = int(at[0])
-            for name, new in tokens.named().items():
-                buffers[name][:, :, :, first : first + n] = new
-        else:
-            device = tokens.token.device
-            slot = torch.as_tensor(at, device=device)[:, None] + torch.arange(n, device=device)
-            for name, new in tokens.named().items():
-                index = slot.view(1, rows, 1, n, *[1] * (new.ndim - 4)).expand_as(new)
-                buffers[name].scatter_(SLOT_DIM, index, new)
-        self.fill = at + (n if counts is None else counts)
-        self.ragged = self.ragged or ragged or not (self.fill == self.fill[0]).all()
+        counts = np.full(rows, n) if counts is None else counts
+        done = np.zeros(rows, dtype=np.int64)
+        for segment in self.segments:
+            if (segment.fill < segment.capacity).any():
+                take = np.minimum(counts - done, segment.capacity - segment.fill)
+                segment.write(tokens, layers, done, take, ragged)
+                done = done + take
+        if rest := int((counts - done).max(initial=0)):
+            self.segments.append(Segment(allocate(tokens, self._capacity(rest, n)), np.zeros(rows, dtype=np.int64)))
+            self.segments[-1].write(tokens, layers, done, counts - done, ragged)
+        self.expected = max(0, self.expected - n)
 
-    def _reserve(self, slots: int, example: PackedTokens) -> None:
-        """Make room for `slots` more slots after `end`; `example` gives shapes and dtypes."""
-        if self.end + slots <= self.capacity:
-            return
-        grown = self.capacity + max(self.capacity // 8, MIN_GROWTH)
-        held = self.held() if self.buffers else example.map(lambda x: x[:, :, :, :0])
-        self._rebuild(max(self.slots + slots, self.reserved, grown), held)
+    def _capacity(self, rest: int, n: int) -> int:
+        """Slots of a new segment that takes `rest` of `n` appended slots."""
+        if self.stage.pending:
+            return rest
+        first = 0 if self.segments else self.reserved
+        return max(rest, self.expected, first, min(2 * n, FIRST_SLOTS), self.slots // SPARE_SHARE)
 
-    def _rebuild(self, capacity: int, held: PackedTokens) -> None:
-        """Move the slots `held` to the front of new buffers of `capacity` slots."""
-        self.fill, self.start = self.fill - self.start, 0
-        used = held.token.shape[SLOT_DIM]
+    def append_block(
+        self, tokens: PackedTokens, layers: slice, allocate: Allocate, first: int, ragged: bool = False
+    ) -> None:
+        """Add a block of a pending bucket, whose first token is at position `first`, in a segment of its own."""
+        rows, n = tokens.token.shape[1], tokens.token.shape[SLOT_DIM]
+        segment = Segment(allocate(tokens, n), np.zeros(rows, dtype=np.int64))
+        segment.write(tokens, layers, np.zeros(rows, dtype=np.int64), np.full(rows, n), ragged)
+        self.segments.append(segment)
+        self.blocks.append((first, n))
 
-        def moved(x: torch.Tensor) -> torch.Tensor:
-            buffer = x.new_zeros(*x.shape[:SLOT_DIM], capacity, *x.shape[SLOT_DIM + 1 :])
-            buffer[:, :, :, :used] = x
-            return buffer
+    def put_back(self, tokens: PackedTokens, layers: slice, allocate: Allocate, first: int, ragged: bool) -> None:
+        """Add a block at the front of a pending bucket: the rest of one that was popped."""
+        self.append_block(tokens, layers, allocate, first, ragged)
+        self.segments.insert(0, self.segments.pop())
+        self.blocks.insert(0, self.blocks.pop())
 
-        self.buffers = held.map(moved)
-        self.buffers.token[:, :, :, used:] = EMPTY
-
-    def pop_blocks(self, most: int) -> tuple[PackedTokens, list[tuple[int, int]]]:
-        """Take the oldest blocks out of a pending bucket, up to `most` of them and all of one size.
-
-        Their space is reclaimed when half the buffer is free.
-        """
-        size = self.blocks[0][1]
-        run = next((i for i, (_, slots) in enumerate(self.blocks[:most]) if slots != size), min(most, len(self.blocks)))
-        taken, self.blocks = self.blocks[:run], self.blocks[run:]
-        stop = self.start + run * size
-        tokens = self.buffers.map(lambda x: x[:, :, :, self.start : stop].clone())
-        self.start = stop
-        if self.start > self.capacity // 2:
-            capacity = max(self.slots + MIN_GROWTH, self.capacity // 2) if self.slots else MIN_GROWTH
-            self._rebuild(capacity, self.held())
-        return tokens, taken
+    def pop_block(self) -> tuple[Segment, int]:
+        """Take out the oldest pending block: its segment, and the position of its first token."""
+        return self.segments.pop(0), self.blocks.pop(0)[0]
 
     def crop(self, length: int) -> None:
-        """Drop the tokens at positions `length` and later; the others keep their codes and their slots.
-
-        Slots behind the last token that any layer or head still holds are given back; others become `EMPTY`.
-        """
-        held = self.held()
-        token = held.token
-        dropped = (held.positions() >= length) & (token != EMPTY)
-        if not dropped.any():
-            return
-        token.masked_fill_(dropped, EMPTY)
-        used = (token != EMPTY).any(0).any(1).cpu().numpy()  # [B, slots]
-        behind_last = used.shape[1] - used[:, ::-1].argmax(-1)
-        self.fill = self.start + np.where(used.any(-1), behind_last, 0)
-        self.ragged = bool((self.held().token == EMPTY).any())
-        excess = sum(slots for _, slots in self.blocks) - self.slots
-        while self.blocks and excess > 0:
-            at, slots = self.blocks.pop()
-            if slots > excess:
-                self.blocks.append((at, slots - excess))
-            excess -= slots
+        """Drop the tokens at positions `length` and later; the others keep their codes and their slots."""
+        for segment in self.segments:
+            segment.crop(length)
+        if self.stage.pending:
+            self.blocks = [(first, s.slots) for (first, _), s in zip(self.blocks, self.segments) if s.slots]
+        self.segments = [segment for segment in self.segments if segment.slots]
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`."""
-        self.buffers = self.buffers.map(lambda x: x.index_select(1, index))
-        if self.ragged or len(index) != len(self.fill):  # equal rows need no look at it; it may be on another device
-            self.fill = self.fill[index.cpu().numpy()]
+        self.segments = [segment.map_rows(index) for segment in self.segments]

@@ -35,45 +35,73 @@ class Codes:
 class Codec:
     """Codes for keys or for values `[L, B, H, n, D]` of one head dimension and one dtype."""
 
-    def __init__(self, dtype: torch.dtype, rotation: torch.Tensor | None = None):
-        """`dtype` is the states'. Without `rotation` `[D, D]` states are coded as they are, minimum to maximum."""
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        rotation: torch.Tensor | None = None,
+        note: Callable[..., None] = lambda *tensors: None,
+    ):
+        """`dtype` is the states'. Without `rotation` `[D, D]` states are coded as they are, minimum to maximum.
+
+        `note` is told of the larger tensors that are made on the way.
+        """
+        self.note = note
         self.dtype = torch.promote_types(dtype, torch.float32)  # of all arithmetic
         self.full_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16  # of 16-bit codes
         self.rotation = rotation
         self.centre: torch.Tensor | None = None  # [L, B, H, D]
 
-    def set_centre(self, states: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """Fix the centring vectors: a share of the mean of the first `CENTRE_TOKENS` of `states` that are no padding.
+    def set_centre(self, states: torch.Tensor, real: torch.Tensor | None, layers: slice, count: int) -> None:
+        """Fix the centring vectors of the layers `layers` of `count`, of which `states` are.
 
-        `real` `[B, n]` is False for padding; without it there is none.
+        They are a share of the mean of the first `CENTRE_TOKENS` tokens that are no padding; `real` `[B, n]` is False
+        for padding, and None where there is none.
         """
         if real is None:
             states = states[:, :, :, :CENTRE_TOKENS]
             real = torch.ones(states.shape[1], CENTRE_TOKENS, dtype=torch.bool, device=states.device)
         weights = (real & (real.cumsum(-1) <= CENTRE_TOKENS)).to(self.dtype)
         mean = torch.einsum("lbhnd,bn->lbhd", states.to(self.dtype), weights) / weights.sum(-1)[None, :, None, None]
-        self.centre = (CENTRE_SHARE * mean).contiguous()  # einsum leaves any order of strides
+        if self.centre is None:
+            self.centre = mean.new_zeros(count, *mean.shape[1:])
+            self.note(self.centre)
+        self.centre[layers] = CENTRE_SHARE * mean
 
-    def encode(self, states: torch.Tensor, bits: int) -> Codes:
-        """Codes of `states`; 16 bits is half precision as is. Raises `ValueError` for a D that fills no whole bytes."""
+    def encode(self, states: torch.Tensor, bits: int, layers: slice = slice(None)) -> Codes:
+        """Codes of the `states` of some layers; 16 bits is half precision as is.
+
+        Raises `ValueError` for a D that fills no whole bytes.
+        """
         bytes_per_vector(states.shape[-1], bits)
         if bits == FULL_WIDTH:
-            return Codes(bits, states.to(self.full_dtype).contiguous().view(torch.uint8))
-        return self._quantize(self._turned(states.to(self.dtype)), bits)
+            return self._noted(Codes(bits, states.to(self.full_dtype).contiguous().view(torch.uint8)))
+        return self._quantize(self._turned(states.to(self.dtype), layers), bits)
 
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+    def _turned(self, x: torch.Tensor, layers: slice) -> torch.Tensor:
         """States in the coordinates in which they are quantized: centred and rotated."""
-        x = x if self.centre is None else x - self.centre.unsqueeze(-2)
-        return x if self.rotation is None else x @ self.rotation
+        x = x if self.centre is None else x - self.centre[layers].unsqueeze(-2)
+        self.note(x)
+        if self.rotation is None:
+            return x
+        turned = x @ self.rotation
+        self.note(turned)
+        return turned
 
     def _quantize(self, turned: torch.Tensor, bits: int) -> Codes:
-        return Codes(bits, *quantize(turned, bits, search=self.rotation is not None))
+        return self._noted(Codes(bits, *quantize(turned, bits, self.rotation is not None, self.note)))
+
+    def _noted(self, codes: Codes) -> Codes:
+        self.note(codes.codes, *(() if codes.scales is None else (codes.scales,)))
+        return codes
 
     def read(self, codes: Codes) -> torch.Tensor:
         """The numbers that are stored: at 16 bits the states themselves, below that their centred, rotated form."""
         if codes.bits == FULL_WIDTH:
-            return codes.codes.contiguous().view(self.full_dtype).to(self.dtype)
-        return dequantize(codes.codes, codes.scales, codes.bits, self.dtype)
+            x = codes.codes.contiguous().view(self.full_dtype).to(self.dtype)
+        else:
+            x = dequantize(codes.codes, codes.scales, codes.bits, self.dtype)
+        self.note(x)
+        return x
 
     def decode(self, codes: Codes, layer: int | slice = slice(None)) -> torch.Tensor:
         """Inverse of `encode` up to its error, for codes of all layers or of one: `[(L,) B, H, n, D]`."""
@@ -81,26 +109,32 @@ class Codec:
         if codes.bits == FULL_WIDTH:
             return x
         x = x if self.rotation is None else x @ self.rotation.T
-        return x if self.centre is None else x + self.centre[layer].unsqueeze(-2)
+        x = x if self.centre is None else x + self.centre[layer].unsqueeze(-2)
+        self.note(x)
+        return x
 
-    def requantize(self, codes: Codes, bits: int, want_error: bool) -> tuple[Codes, torch.Tensor | None]:
+    def requantize(
+        self, codes: Codes, bits: int, want_error: bool = False, layers: slice = slice(None)
+    ) -> tuple[Codes, torch.Tensor | None]:
         """The same vectors at another width and, if wanted, how far each moved: squared error `[L, B, H, n]`."""
         if codes.bits == bits:
             return codes, codes.codes.new_zeros(codes.codes.shape[:-1], dtype=self.dtype)
         # Two widths below 16 code the same centred, rotated numbers, in which distances are the same.
         plain = FULL_WIDTH in (codes.bits, bits)
-        look = self.decode if plain else self.read
-        before = look(codes)
-        coded = self.encode(before, bits) if plain else self._quantize(before, bits)
-        return coded, (look(coded) - before).square().sum(-1) if want_error else None
+        before = self.decode(codes, layers) if plain else self.read(codes)
+        coded = self.encode(before, bits, layers) if plain else self._quantize(before, bits)
+        if not want_error:
+            return coded, None
+        after = self.decode(coded, layers) if plain else self.read(coded)
+        return coded, (after - before).square().sum(-1)
 
-    def relative_error(self, states: torch.Tensor, bits: int) -> torch.Tensor:
-        """Squared error of storing `states` at `bits`, over their squared length: `[L, B, H, n]`."""
+    def relative_error(self, states: torch.Tensor, bits: int, layers: slice = slice(None)) -> torch.Tensor:
+        """Squared error of storing the `states` of some layers, over their squared length: `[L, B, H, n]`."""
         x = states.to(self.dtype)
         if bits == FULL_WIDTH:
             change = states.to(self.full_dtype).to(self.dtype) - x
         else:
-            turned = self._turned(x)  # where distances are the same
+            turned = self._turned(x, layers)  # where distances are the same
             change = self.read(self._quantize(turned, bits)) - turned
         return change.square_().sum(-1) / x.square().sum(-1).clamp(min=1e-12)
 
@@ -113,11 +147,14 @@ class Codec:
         return held.abs().sum(dtype=torch.float32)
 
 
-def make_codecs(keys: torch.Tensor, values: torch.Tensor, quantizer: str) -> tuple[Codec, Codec]:
+def make_codecs(
+    keys: torch.Tensor, values: torch.Tensor, quantizer: str, note: Callable[..., None] = lambda *tensors: None
+) -> tuple[Codec, Codec]:
     """Codecs for states like `keys` and `values` `[..., D]`; equal head dimensions share one rotation."""
     if quantizer == "minmax":
-        return Codec(keys.dtype), Codec(keys.dtype)
+        return Codec(keys.dtype, note=note), Codec(keys.dtype, note=note)
     dims = keys.shape[-1], values.shape[-1]
     dtype = torch.promote_types(keys.dtype, torch.float32)
     rotations = {dim: rotation_matrix(dim).to(keys.device, dtype) for dim in dims}
-    return Codec(keys.dtype, rotations[dims[0]]), Codec(keys.dtype, rotations[dims[1]])
+    note(*rotations.values())
+    return tuple(Codec(keys.dtype, rotations[dim], note) for dim in dims)

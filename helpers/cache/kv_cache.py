@@ -16,12 +16,15 @@ from transformers.cache_utils import Cache
 from helpers.cache.accounting import Accounting
 from helpers.cache.arguments import check_settings, refuse_unsupported, token_widths
 from helpers.cache.bucket import Bucket, Stage
-from helpers.cache.codec import CENTRE_TOKENS
+from helpers.cache.codec import CENTRE_TOKENS, Codec
 from helpers.cache.finite import FiniteChecks
 from helpers.cache.layer import PackedLayer, PackedStates
+from helpers.cache.peak import PeakBytes
+from helpers.cache.plan import Plan, Scores, Step
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.store import PackedStore, Scores
+from helpers.cache.store import PORTION, PackedStore
 
+NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles them
 PACKED_ATTENTION = "packed_kv"  # the name under which transformers knows packed attention
 
 
@@ -53,10 +56,11 @@ class PackedKVCache(Accounting, Cache):
         refuse_unsupported(config)
         check_settings(block, quantizer, max_length)
         self.config = config.get_text_config(decoder=True)
-        self.bits = None if bits is None else width_pair(bits)
+        self.plan = None if bits is None else Plan(width_pair(bits))  # what is done by itself, if anything
+        self.holds = False  # whether the tokens of a prompt wait at 8 bits for somebody to choose their widths
         self.block, self.quantizer, self.max_length = block, quantizer, max_length
         self.rows_note = ""  # why rows cannot be reordered
-        self.record_variance = self.record_received = False
+        self.record_variance = self.record_received = self.record_errors = False
         self._clear()
         self.hands_out_packed = self.reads_packed
         super().__init__(layers=[PackedLayer(self, i) for i in range(self.config.num_hidden_layers)])
@@ -64,10 +68,15 @@ class PackedKVCache(Accounting, Cache):
     def _clear(self) -> None:
         self.stores: list[PackedStore] = []
         self.store_of: dict[int, tuple[PackedStore, int]] = {}  # of a layer: its store, and its place in there
-        self.committed = 0  # tokens
+        self.committed = self.held = 0  # tokens: packed at widths that were chosen; packed at 8 bits until they are
+        self.coming = 0  # tokens of the prompt that is being read that each layer commits; 0 where it is no prompt
+        self.held_errors: list[torch.Tensor] = []  # of the held tokens, as of `tail_errors`, where they are recorded
+        self._real: torch.Tensor | None = None  # [B, tokens], of the prompt that is being read: False for padding
+        self._errors: list[torch.Tensor] = []  # of its tokens: sums over the heads of the layers that are done
         self.visible: torch.Tensor | None = None  # [B, tokens], False for padding; until the centre is fixed
         self.attention_variance: torch.Tensor | None = None  # [B, tokens of the last forward], if recorded
         self.checks = FiniteChecks()
+        self.peak = PeakBytes()
 
     @property
     def reads_packed(self) -> bool:
@@ -86,20 +95,80 @@ class PackedKVCache(Accounting, Cache):
     def states(self, layer_idx: int) -> PackedStates:
         """What one layer holds."""
         store, layer = self.store_of.get(layer_idx, (None, 0))
+        layout = None if store is None else store.layouts[layer]
         held = self.layers[layer_idx]
-        return PackedStates(self, store, layer, layer_idx, held.keys, held.values, held.tail_length)
+        if layout is not None and not held.packed_length:  # the store is there, but this layer is not in it yet
+            store = layout = None
+        return PackedStates(self, store, layout, layer, layer_idx, held.keys, held.values, held.tail_length)
 
-    def begin_forward(self) -> None:
-        """Called by the first layer before it takes new tokens: the moment to commit what is complete."""
-        uneven = {layer.tail_length for layer in self.layers}
-        if len(uneven) > 1:
+    def before_update(self, layer_idx: int, tokens: int) -> None:
+        """Called by each layer before it takes `tokens` new tokens: the moment to commit what is complete."""
+        if layer_idx == 0:
+            self._begin_forward(tokens)
+        elif self.coming:
+            self._commit_layer(layer_idx - 1)
+
+    def _begin_forward(self, tokens: int) -> None:
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1:
             raise ValueError(
-                f"layers of the cache hold between {min(uneven)} and {max(uneven)} tokens: a forward was interrupted, "
-                f"or the model has fewer than {len(self.layers)} layers; reset the cache and use one per model"
+                f"layers of the cache hold between {min(lengths)} and {max(lengths)} tokens: a forward was "
+                f"interrupted, or the model has fewer than {len(self.layers)} layers; reset the cache and use one per "
+                "model"
             )
+        self.end_forward()
         self.hands_out_packed = self.reads_packed  # asked once a forward: reading a configuration is slow
-        if self.bits is not None and (ready := self.committable):
-            self.commit(self.bits, ready)
+        if self.plan is not None:
+            self.commit_ready()
+        # A few tokens are committed by all layers together, which is faster.
+        if tokens > 2 * self.block and (self.plan is not None or self.holds):
+            self.coming = -1  # not counted yet: which tokens are padding is known once the first layer has attended
+
+    def _commit_layer(self, layer_idx: int) -> None:
+        """Commit what is complete in one layer of a prompt, whose attention is done: the next one has begun."""
+        if self.coming < 0:
+            self.coming = self.committable
+            self._real = None if self.visible is None else self._real_tokens()
+        if not self.coming:
+            return
+        layer, first = self.layers[layer_idx], self.committed + self.held
+        store, at = self._store_with(layer_idx)
+        keys, values = (x[None, :, :, : self.coming] for x in (layer.keys, layer.values))
+        received = None
+        if self.record_received and self.plan is not None and self.plan.steps:
+            received = layer.tail_received(self.coming)[None]
+        if self.plan is None and self.record_errors:
+            self._note_errors((store.key, store.value), at, [keys, values])
+        total = store.commit(keys, values, first, self.block, self.plan, received=received, layer=at)
+        self._expect_finite(total, first, self.coming)
+        layer.drop_front(self.coming)
+
+    def end_forward(self) -> None:
+        """Commit the last layer of a prompt, once its attention is done, or whoever comes next asks for it."""
+        if not self.coming:
+            return
+        self._commit_layer(len(self.layers) - 1)
+        coming, self.coming = self.coming, 0
+        if not coming:
+            return
+        self.visible = self._real = None
+        if self.plan is not None:
+            self.committed += coming
+        else:
+            self.held += coming
+            heads = sum(layer.keys.shape[1] for layer in self.layers)
+            known = self.held_errors or [errors[:, :0] for errors in self._errors]
+            self.held_errors = [torch.cat([x, y / heads], dim=1) for x, y in zip(known, self._errors, strict=True)]
+            self._errors = []
+        self.checks.read()
+
+    def _note_errors(self, codecs: tuple[Codec, Codec], at: int, states: list[torch.Tensor]) -> None:
+        """Add what the tokens of one layer of a prompt would lose at 2 bits to the sums over its heads."""
+        sums = []
+        for codec, x in zip(codecs, states, strict=True):
+            parts = [codec.relative_error(part, 2, slice(at, at + 1))[0].sum(1) for part in x.split(PORTION, dim=3)]
+            sums.append(torch.cat(parts, dim=1))
+        self._errors = [x + y.to(x.device) for x, y in zip(self._errors, sums, strict=True)] if self._errors else sums
 
     @property
     def tail_length(self) -> int:
@@ -116,66 +185,105 @@ class PackedKVCache(Accounting, Cache):
         real = ready if self.visible is None else int(self._real_tokens()[:, :ready].sum(-1).min())
         return ready if real >= CENTRE_TOKENS else 0
 
+    @property
+    def undecided(self) -> int:
+        """How many tokens without a chosen width may get one now: those held at 8 bits, then the tail's."""
+        self.end_forward()
+        return self.held + self.committable
+
+    def commit_ready(self) -> None:
+        """Commit by the cache's plan what is complete."""
+        self.end_forward()
+        if ready := self.committable:
+            self._commit(self.plan, None, ready)
+
     def _real_tokens(self) -> torch.Tensor:
         """Which tokens of the tail are no padding, `[B, tokens]`; those that came after the mask was seen are real."""
         visible = self.visible[:, : self.tail_length]
         return torch.nn.functional.pad(visible, (0, self.tail_length - visible.shape[1]), value=True)
 
     def commit(self, bits: Widths | torch.Tensor | np.ndarray, tokens: int | None = None, pending: bool = False):
-        """Quantize the oldest `tokens` tokens of the tail (default: all that are `committable`).
+        """Quantize the oldest `tokens` tokens without a chosen width (default: all that are `undecided`).
 
         `bits` is one width, a pair (key bits, value bits), or an integer array `[B, tokens]` with the width of each
-        token. `pending` tokens, which must share one width, can be settled later. Raises `ValueError` for widths
-        outside 2, 4, 8, 16, for a number of tokens that is not a committable number of whole blocks, and for keys or
-        values that cannot be stored: NaN, infinity, or numbers too large for half precision (the cache is then of no
-        use until it is reset).
+        token. `pending` tokens, which must share one width, can be settled later. Tokens of a prompt that are held at
+        8 bits stay so where 16 is chosen. Raises `ValueError` for widths outside 2, 4, 8, 16, for a number of tokens
+        that is not a committable number of whole blocks, and for keys or values that cannot be stored: NaN, infinity,
+        or numbers too large for half precision (the cache is then of no use until it is reset).
         """
+        self.end_forward()
         if read := isinstance(bits, torch.Tensor):
             bits = self.checks.read(bits)
         rows = self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
         widths, tokens = token_widths(bits, rows, tokens, pending)
-        ready = self.committable
+        ready = self.undecided
         tokens = ready if tokens is None else tokens
         if not 0 <= tokens <= ready or tokens % self.block:
             raise ValueError(f"tokens must be a multiple of block ({self.block}) up to {ready}, got {tokens}")
-        if not tokens:
-            return
-        which = f"keys or values of tokens {self.committed} to {self.committed + tokens - 1}"
+        if held := min(self.held, tokens):
+            if pending:
+                raise ValueError("pending blocks are committed from the tail; these tokens are held at 8 bits")
+            each = widths[:, :held] if isinstance(widths, np.ndarray) else np.full((rows, held), widths[0])
+            for store in self.stores:
+                store.decide(each)
+            self.held, self.committed = self.held - held, self.committed + held
+            self.held_errors = [errors[:, held:] for errors in self.held_errors] if self.held else []
+            widths = widths[:, held:] if isinstance(widths, np.ndarray) else widths
+        if tokens - held:
+            if isinstance(widths, np.ndarray):
+                self._commit(None, widths, tokens - held)
+            else:
+                # Steps that no block is old enough for: it waits until somebody settles it.
+                self._commit(Plan(widths, (NEVER,) if pending else ()), None, tokens - held)
+        if not read:
+            self.checks.read()
+
+    def _commit(self, plan: Plan | None, widths: np.ndarray | None, tokens: int) -> None:
+        """Commit the oldest `tokens` tokens of the tail, in all layers together."""
         for store in self._made_stores():
             received = None
-            if pending and self.record_received:
+            if plan is not None and plan.steps and self.record_received:
                 received = torch.stack([self.layers[i].tail_received(tokens) for i in store.layers])
             keys, values = self._oldest(store.layers, tokens)
-            self.checks.expect(
-                store.commit(keys, values, widths, self.committed, self.block, pending, received),
-                f"{which} hold NaN or infinity: look for the first layer whose output is not finite",
-                f"{which} are infinite or too large to be stored: centred and rotated they pass 65504, the end of "
-                "float16",
-            )
+            total = store.commit(keys, values, self.committed, self.block, plan, widths, received)
+            self._expect_finite(total, self.committed, tokens)
         for layer in self.layers:
             layer.drop_front(tokens)
         self.committed += tokens
-        if not read:
-            self.checks.read()
+
+    def _expect_finite(self, total: torch.Tensor, first: int, tokens: int) -> None:
+        which = f"keys or values of tokens {first} to {first + tokens - 1}"
+        self.checks.expect(
+            total,
+            f"{which} hold NaN or infinity: look for the first layer whose output is not finite",
+            f"{which} are infinite or too large to be stored: centred and rotated they pass 65504, the end of float16",
+        )
 
     def _oldest(self, layers: list[int], tokens: int) -> list[torch.Tensor]:
         """Keys and values of the oldest `tokens` tokens of the tails of `layers`, `[L, B, H, tokens, D]` each."""
         tails = [self.layers[i] for i in layers]
-        return [torch.stack([getattr(x, side)[:, :, :tokens] for x in tails]) for side in ("keys", "values")]
+        states = [torch.stack([getattr(x, side)[:, :, :tokens] for x in tails]) for side in ("keys", "values")]
+        self.peak.note(*states)
+        return states
 
     def tail_errors(self, tokens: int, bits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-        """How badly the oldest `tokens` tokens of the tail would be stored at `bits`: for keys and for values `[B, n]`.
+        """How badly the oldest `tokens` undecided tokens would be stored at `bits`: for keys and for values `[B, n]`.
 
-        Squared error over squared length, averaged over layers and heads (0: exact; 1: as bad as storing nothing).
+        Squared error over squared length, averaged over layers and heads (0: exact; 1: as bad as storing nothing). Of
+        tokens that are held at 8 bits it is known for 2 bits, where `record_errors` was set before they came.
         """
+        self.end_forward()
+        if self.held >= tokens:
+            return tuple(errors[:, :tokens] for errors in self.held_errors)
         if not self.stores and not self.committable:
             raise ValueError(f"errors are known once {CENTRE_TOKENS} tokens can be centred")
         parts = []
         for store in self._made_stores():
-            sides = zip((store.key, store.value), self._oldest(store.layers, tokens), strict=True)
+            sides = zip((store.key, store.value), self._oldest(store.layers, tokens - self.held), strict=True)
             errors = [codec.relative_error(states, bits) for codec, states in sides]
             parts.append([error.transpose(0, 1).flatten(1, 2) for error in errors])  # [B, L * H, n]
-        return tuple(torch.cat(side, dim=1).mean(1) for side in zip(*parts, strict=True))
+        tail = [torch.cat(side, dim=1).mean(1) for side in zip(*parts, strict=True)]
+        return tuple(torch.cat(both, dim=1) for both in zip(self.held_errors, tail)) if self.held else tuple(tail)
 
     def settle(
         self,
@@ -193,6 +301,7 @@ class PackedKVCache(Accounting, Cache):
         `store.Demotion`. With `pending` instead, the whole blocks may be settled once more. Raises `ValueError` where
         there are fewer pending blocks, or where `keep` is not within the block or lacks scores.
         """
+        self.end_forward()
         stage, goal = Stage(*width_pair(source, "source"), pending=True), width_pair(target, "target")
         if not 1 <= blocks <= self.pending_blocks(source):
             raise ValueError(
@@ -210,7 +319,7 @@ class PackedKVCache(Accounting, Cache):
 
     def _pending(self, bits: Widths) -> list[tuple[int, int]]:
         stage = Stage(*width_pair(bits), pending=True)
-        return self.stores[0].buckets.get(stage, Bucket(stage)).blocks if self.stores else []
+        return self.stores[0].layout.buckets.get(stage, Bucket(stage)).blocks if self.stores else []
 
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
@@ -226,19 +335,42 @@ class PackedKVCache(Accounting, Cache):
             return self.stores
         groups: dict[tuple, list[int]] = {}
         for i, layer in enumerate(self.layers):
-            shape = (layer.device, layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
-            groups.setdefault(shape, []).append(i)
-        for (device, *_), members in groups.items():
-            first = self.layers[members[0]]
-            store = PackedStore(members, first.keys, first.values, self.quantizer, self.max_length)
+            groups.setdefault(layer.kind, []).append(i)
+        for members in groups.values():
+            store = self._make_store(members)
             if self.quantizer == "rotated":
-                real = None if self.visible is None else self._real_tokens().to(device)
+                real = None if self.visible is None else self._real_tokens().to(store.device)
                 tokens = CENTRE_TOKENS if real is None else self.tail_length
-                store.key.set_centre(self._oldest(members, tokens)[0], real)
-            self.stores.append(store)
-            self.store_of |= {i: (store, at) for at, i in enumerate(members)}
+                store.key.set_centre(self._oldest(members, tokens)[0], real, slice(None), len(members))
         self.visible = None
         return self.stores
+
+    def _make_store(self, members: list[int]) -> PackedStore:
+        first = self.layers[members[0]]
+        store = PackedStore(members, first.keys, first.values, self.quantizer, self.max_length, self.peak.note)
+        self.stores.append(store)
+        self.store_of |= {i: (store, at) for at, i in enumerate(members)}
+        return store
+
+    def _store_with(self, layer_idx: int) -> tuple[PackedStore, int]:
+        """The store of a layer of a prompt and its place in there; a layer's first tokens centre it.
+
+        Later layers are not known yet when the first is committed: they are taken to be like it until one is not.
+        """
+        layer = self.layers[layer_idx]
+        if layer_idx in self.store_of:
+            store, at = self.store_of[layer_idx]
+            if self.layers[store.layers[0]].kind != layer.kind:
+                members = store.layers[at:]
+                store.keep_layers(at)
+                store, at = self._make_store(members), 0
+        else:
+            store, at = self._make_store(list(range(layer_idx, len(self.layers)))), 0
+        if self.quantizer == "rotated" and not layer.packed_length:
+            real = None if self._real is None else self._real.to(store.device)
+            tokens = CENTRE_TOKENS if real is None else real.shape[1]
+            store.key.set_centre(layer.keys[None, :, :, :tokens], real, slice(at, at + 1), len(store.layers))
+        return store, at
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -251,14 +383,17 @@ class PackedKVCache(Accounting, Cache):
             raise ValueError(f"crop takes a non-positive number of tokens to remove, got {tokens_to_remove}")
         if not self.layers[0].is_initialized:
             return
+        self.end_forward()
         length = max(0, self.get_seq_length() + tokens_to_remove)
-        for layer in self.layers:
-            layer.shorten(max(0, length - self.committed))
-        if length < self.committed:
-            self.committed = length
+        if length < self.committed + self.held:
+            self.committed = min(self.committed, length)
+            self.held = length - self.committed
+            self.held_errors = [errors[:, : self.held] for errors in self.held_errors]
             for store in self.stores:
                 store.crop(length)
-        if not self.committed:
+        for layer in self.layers:
+            layer.shorten(length)
+        if not self.committed + self.held:
             self.stores, self.store_of = [], {}
         if self.visible is not None:
             self.visible = self.visible[:, :length].clone()
@@ -282,8 +417,10 @@ class PackedKVCache(Accounting, Cache):
         """Replace the rows of the batch by the rows `index`, in every tensor of the cache."""
         if not self.is_initialized:
             return
+        self.end_forward()
         for layer in self.layers:
             layer.reorder_cache(index)
+        self.held_errors = [errors.index_select(0, index.to(errors.device)) for errors in self.held_errors]
         for store in self.stores:
             store.map_rows(index.to(store.device))
         if self.visible is not None:

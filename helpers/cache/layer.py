@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from helpers.cache.bucket import Bucket
+from helpers.cache.bucket import Segment, Stage
+from helpers.cache.layout import Layout
 from helpers.cache.store import PackedStore
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class PackedStates:
 
     cache: "PackedKVCache"
     store: PackedStore | None  # None while nothing is committed
+    layout: Layout | None  # which of the store's tokens this layer sees
     layer: int  # index of the layer inside `store`
     layer_idx: int  # index of the layer in the model
     keys: torch.Tensor  # the tail's buffers [B, H, tail tokens or more, D]
@@ -36,17 +38,19 @@ class PackedStates:
         return self.values[:, :, : self.tail]
 
     @property
-    def buckets(self) -> list[Bucket]:
-        """Buckets that hold committed tokens."""
-        return [bucket for bucket in self.store.buckets.values() if bucket.slots] if self.store else []
+    def segments(self) -> list[tuple[Stage, Segment]]:
+        """Segments that hold packed tokens, each with its stage."""
+        return self.layout.segments() if self.layout else []
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in text order, dequantized, `[B, H, tokens, D]` each, in the model's dtype."""
         tails = self.tail_keys, self.tail_values
         if self.store is None:
             return tails
-        committed = self.store.dense(self.layer, self.cache.committed)
-        return tuple(torch.cat([x.to(tail.dtype), tail], dim=2) for x, tail in zip(committed, tails, strict=True))
+        packed = self.store.dense(self.layer, self.cache.layers[self.layer_idx].packed_length)
+        states = tuple(torch.cat([x.to(tail.dtype), tail], dim=2) for x, tail in zip(packed, tails, strict=True))
+        self.cache.peak.note(*states)
+        return states
 
 
 class PackedLayer(CacheLayerMixin):
@@ -61,7 +65,7 @@ class PackedLayer(CacheLayerMixin):
     def __init__(self, cache: "PackedKVCache", layer_idx: int):
         super().__init__()
         self.cache, self.layer_idx = cache, layer_idx
-        self.tail_length = 0
+        self.tail_length = self.packed_length = 0  # tokens
         self.received: torch.Tensor | None = None  # [B, H, tail tokens]: attention from later blocks of the tail
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -80,8 +84,7 @@ class PackedLayer(CacheLayerMixin):
             self.prefetch()
         self._check(self.keys, key_states)
         self._check(self.values, value_states)
-        if self.layer_idx == 0:
-            self.cache.begin_forward()
+        self.cache.before_update(self.layer_idx, key_states.shape[2])
         at, end = self.tail_length, self.tail_length + key_states.shape[2]
         if end > self.keys.shape[2]:
             self._rebuild(0, -(-end // self.cache.block) * self.cache.block)
@@ -119,19 +122,32 @@ class PackedLayer(CacheLayerMixin):
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, :kept] = old[:, :, start : self.tail_length]
             setattr(self, name, new)
+            self.cache.peak.note(new)
         self.tail_length = kept
 
     def drop_front(self, tokens: int) -> None:
-        """Remove the oldest `tokens` tokens of the tail, giving back what a long prompt took."""
-        capacity = self.keys.shape[2]
-        self._rebuild(tokens, capacity if capacity <= 2 * self.cache.block else self.tail_length - tokens)
+        """Remove the oldest `tokens` tokens of the tail, which were packed, giving back what a long prompt took."""
+        kept, block = self.tail_length - tokens, self.cache.block
+        if self.keys.shape[2] > block:
+            self._rebuild(tokens, max(block, -(-kept // block) * block))
+        elif kept:
+            for states in (self.keys, self.values):
+                states[:, :, :kept] = states[:, :, tokens : self.tail_length].clone()
+        self.tail_length = kept
+        self.packed_length += tokens
         if self.received is not None:
             self.received = self.received[:, :, tokens:].clone() if self.tail_length else None
 
     def shorten(self, tokens: int) -> None:
-        """Keep the oldest `tokens` tokens of the tail."""
-        self.tail_length = tokens
-        self.received = None if self.received is None else self.received[:, :, :tokens].clone()
+        """Keep the oldest `tokens` tokens."""
+        self.packed_length = min(self.packed_length, tokens)
+        self.tail_length = tokens - self.packed_length
+        self.received = None if self.received is None else self.received[:, :, : self.tail_length].clone()
+
+    @property
+    def kind(self) -> tuple:
+        """What layers must have in common to lie in one store."""
+        return self.device, self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
 
     def tail_received(self, tokens: int) -> torch.Tensor:
         """Attention received by the oldest `tokens` tokens of the tail, float32 `[B, H, tokens]`."""
@@ -144,9 +160,10 @@ class PackedLayer(CacheLayerMixin):
     def add_received(self, received: torch.Tensor) -> None:
         """Add to what the tail's tokens have received, `[B, H, tail tokens]`."""
         self.received = received.float() + self.tail_received(self.tail_length)
+        self.cache.peak.note(received, self.received)
 
     def get_seq_length(self) -> int:
-        return self.cache.committed + self.tail_length if self.is_initialized else 0
+        return self.packed_length + self.tail_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -157,7 +174,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = self.received = None
         self.is_initialized = False
-        self.tail_length = 0
+        self.tail_length = self.packed_length = 0
 
     def _map(self, change) -> None:
         self.keys, self.values = change(self.keys), change(self.values)

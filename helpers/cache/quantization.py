@@ -6,6 +6,7 @@ vector is enough (QuaRot, arXiv 2404.00456).
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -89,21 +90,24 @@ def _round_to_grid(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bit
     return (x - zero).div_(safe).round_().clamp_(0, 2**bits - 1)
 
 
-def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    x: torch.Tensor, bits: int, search: bool = True, note: Callable[..., None] = lambda *tensors: None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize vectors to uniform codes.
 
     `x`: float `[..., n]`. Returns packed codes `uint8 [..., n * bits / 8]` and `float16 [..., 2]` holding scale and
     zero; a code `c` stands for `zero + scale * c`. The grid spans minimum to maximum; at 2 bits with `search` it is
-    shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8.
+    shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8. `note` is told of the larger
+    tensors that are made on the way.
     """
     if x.device.type == "cpu" and x.numel() > NUMBERS_AT_ONCE:
         vectors = x.reshape(-1, x.shape[-1]).split(max(1, NUMBERS_AT_ONCE // x.shape[-1]))
-        codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search) for part in vectors)))
+        codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search, note) for part in vectors)))
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
-    return _quantize(x, bits, search)
+    return _quantize(x, bits, search, note)
 
 
-def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(x: torch.Tensor, bits: int, search: bool, note: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     levels = 2**bits - 1
     if bits == 2 and search:
@@ -114,7 +118,9 @@ def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, t
         for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
             candidates = half * shares.view(-1, *[1] * x.ndim)
             scale, zero = 2 * candidates / levels, middle - candidates
-            error = _round_to_grid(x, scale, zero, bits).mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
+            rounded = _round_to_grid(x, scale, zero, bits)
+            note(rounded)
+            error = rounded.mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
             error, which = error.min(0, keepdim=True)
             better = error[0] < best_error
             best_error = torch.where(better, error[0], best_error)
@@ -123,7 +129,9 @@ def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, t
     scales = torch.cat([(high - low) / levels, low], dim=-1).to(torch.float16)
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
     scale, zero = scales.to(x.dtype).split(1, dim=-1)
-    codes = _round_to_grid(x, scale, zero, bits).to(torch.uint8)
+    rounded = _round_to_grid(x, scale, zero, bits)
+    codes = rounded.to(torch.uint8)
+    note(rounded, codes, scales)
     return pack_codes(codes, bits), scales
 
 

@@ -1,108 +1,190 @@
 """`PackedStore`: the packed tokens of all layers that share a device and a shape.
 
-It has a codec for keys, one for values, and a `Bucket` for every width and fate that tokens have. Here tokens are
-committed, settled and read back; nothing is known of models, policies or attention.
+It has a codec for keys, one for values, and for each layer a `Layout`. Here tokens are committed, settled and read
+back; nothing is known of models, policies or attention. Between forwards all layers share one layout. While a prompt
+is read, each layer is committed as soon as the next one begins (`layer=`): the layers that are done are then ahead of
+the others, in buffers that the first of them made for all.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from helpers.cache.bucket import Bucket, Stage
+from helpers.cache.bucket import Stage
 from helpers.cache.codec import Codec, Codes, make_codecs
-from helpers.cache.tokens import EMPTY, PackedTokens, take
+from helpers.cache.layout import Layout, Run, pop_runs
+from helpers.cache.plan import Demotion, Plan, Scores
+from helpers.cache.quantization import FULL_WIDTH
+from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, take
 
-
-@dataclass
-class Demotion:
-    """What is known of pending blocks at the moment they are settled, to choose by; `[L, B, H, slots]` each.
-
-    Slots are in text order, `block` of them a block; `start` is the position of the first.
-    """
-
-    start: int
-    block: int
-    key_error: torch.Tensor  # squared error that the keys (of D numbers) would take on by moving to the lower width
-    value_error: torch.Tensor
-    received: torch.Tensor | None  # attention received from later blocks so far, where the cache records it
-
-
-Scores = Callable[[Demotion], torch.Tensor]  # [L, B, H, slots]; tokens that score highest keep their width
+PORTION = 256  # tokens of a layer that are coded at once, so that what is made on the way stays small
+HELD = Stage(8, 8, pending=True)  # tokens of a prompt whose width is not chosen yet
 
 
 class PackedStore:
     """The packed tokens of the layers `layers`, which share a device, `kv_heads` and head dimensions."""
 
     def __init__(
-        self, layers: list[int], keys: torch.Tensor, values: torch.Tensor, quantizer: str, reserved: int | None = None
+        self,
+        layers: list[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        quantizer: str,
+        reserved: int | None = None,
+        note: Callable[..., None] = lambda *tensors: None,
     ):
         """`keys`, `values` `[B, H, n, D]` are those of any of the layers, for shapes, dtype and device.
 
-        `reserved`: slots that each bucket allocates at once.
+        `reserved`: slots that each bucket allocates at once. `note` is told of every tensor that is made.
         """
-        self.layers, self.reserved, self.device = layers, reserved or 0, keys.device
-        self.key, self.value = make_codecs(keys, values, quantizer)
+        self.layers, self.reserved, self.device, self.note = layers, reserved or 0, keys.device, note
+        self.key, self.value = make_codecs(keys, values, quantizer, note)
         self.dtype = self.key.dtype
-        self.buckets: dict[Stage, Bucket] = {}
-        self.derived: dict[str, object] = {}  # what readers of the buckets keep from call to call; see `changed`
+        self.layouts = [Layout()] * len(layers)  # of each layer; one object for layers that agree
+        self._made: list[PackedTokens] = []  # for a prompt: buffers in the order in which the first layer made them
+        self._taken: int | None = None  # of these, how many the present layer took; None: all layers go together
 
-    def changed(self) -> None:
-        """Forget what was derived from the buckets: called before each change of them."""
-        self.derived.clear()
+    @property
+    def layout(self) -> Layout:
+        """The layout of all layers between forwards, else of those that are least ahead."""
+        return self.layouts[-1]
 
-    def __getstate__(self) -> dict[str, object]:
-        """A copy's tensors lie elsewhere, so that it derives anew."""
-        return {**self.__dict__, "derived": {}}
+    def _open(self, layer: int | None) -> tuple[Layout, slice]:
+        """The layout that is about to change, and the layers that it stands for."""
+        if layer is None:
+            self.layout.changed()
+            return self.layout, slice(None)
+        self._taken = 0
+        self.layouts[layer] = self.layouts[layer].copy()
+        return self.layouts[layer], slice(layer, layer + 1)
 
-    def _bucket(self, stage: Stage) -> Bucket:
-        return self.buckets.setdefault(stage, Bucket(stage, self.reserved))
+    def _close(self, layout: Layout, layer: int | None) -> None:
+        self._taken = None
+        for bucket in layout.buckets.values():
+            bucket.expected = 0
+        if layer is not None and layer == len(self.layers) - 1:
+            self.layouts = [self.layouts[layer]] * len(self.layers)
+            self._made = []
+
+    def _allocate(self, example: PackedTokens, slots: int) -> PackedTokens:
+        """Buffers of `slots` slots for all layers: what an earlier layer of this prompt made, or new ones."""
+        if self._taken is not None:
+            self._taken += 1
+            if self._taken <= len(self._made):
+                return self._made[self._taken - 1]
+
+        def empty(x: torch.Tensor) -> torch.Tensor:
+            layers = 1 if x is example.block_start else len(self.layers)
+            return x.new_zeros(layers, *x.shape[1:SLOT_DIM], slots, *x.shape[SLOT_DIM + 1 :])
+
+        buffers = example.map(empty)
+        buffers.token.fill_(EMPTY)
+        self.note(*buffers.named().values())
+        if self._taken is not None:
+            self._made.append(buffers)
+        return buffers
 
     def commit(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        widths: np.ndarray | tuple[int, int],
         first: int,
         block: int,
-        pending: bool,
+        plan: Plan | None,
+        widths: np.ndarray | None = None,
         received: torch.Tensor | None = None,
+        layer: int | None = None,
     ) -> torch.Tensor:
         """Quantize `keys`, `values` `[L, B, H, n, D]`, the tokens at positions `first, first + 1, ...`.
 
-        `widths` is one pair (key bits, value bits) for all tokens, or an array `[B, n]` of the width of each.
-        `received` `[L, B, H, n]` is the attention that pending tokens got while they were in the tail. Returns one
-        number: finite if everything that was stored is, see `Codec.magnitude`.
+        By `plan`, under which blocks that are old enough move on, or at `widths` `[B, n]`, or with neither at 8 bits
+        until `decide`. `received` `[L, B, H, n]` is the attention that they got in the tail. `layer` says that they
+        are of one layer alone, the next of a prompt. Returns one number: finite if everything that was stored is, see
+        `Codec.magnitude`.
         """
-        self.changed()
-        layers, rows, heads, n = keys.shape[:4]
-        index = torch.arange(n, device=keys.device)
-        token = (index % block).to(torch.uint8).expand(layers, rows, heads, n)
-        block_start = (first + index // block * block).to(torch.int32).expand(1, rows, 1, n)
-        if isinstance(widths, tuple):
-            received = None if received is None else received.half()  # sums of at most a few thousand shares
-            key, value = self.key.encode(keys, widths[0]), self.value.encode(values, widths[1])
-            bucket = self._bucket(Stage(*widths, pending))
-            bucket.append(PackedTokens(key, value, token, block_start, received))
-            if pending:
-                bucket.blocks += [(first + i, min(block, n - i)) for i in range(0, n, block)]
-            return self.key.magnitude(key) + self.value.magnitude(value)
+        layout, layers = self._open(layer)
+        n = keys.shape[3]
+        if plan is not None:
+            self._expect(layout, plan, n // block, block)
+        portion = n if layer is None else max(1, PORTION // block) * block
         total = 0
-        for bits in np.unique(widths).tolist():
-            chosen = widths == bits
-            counts = chosen.sum(-1)
-            most = int(counts.max())
-            # Stable order by "not chosen" lists each row's chosen tokens first, in text order.
-            order = np.argsort(~chosen, axis=-1, kind="stable")[:, :most]
-            slots = torch.as_tensor(order, device=keys.device)[None, :, None]
-            valid = torch.as_tensor(np.arange(most) < counts[:, None], device=keys.device)[None, :, None]
-            key, value = self.key.encode(take(keys, slots), bits), self.value.encode(take(values, slots), bits)
-            places = take(token, slots).masked_fill(~valid, EMPTY)
-            tokens = PackedTokens(key, value, places, take(block_start, slots))
-            self._bucket(Stage(bits, bits)).append(tokens, counts)
+        for at in range(0, n, portion):
+            part = slice(at, min(at + portion, n))
+            states = keys[:, :, :, part], values[:, :, :, part]
+            seen = None if received is None else received[:, :, :, part].half()  # sums of at most some thousand shares
+            if widths is not None:
+                total = total + self._commit_mixed(layout, layers, *states, first + at, block, widths[:, part])
+                continue
+            bits = (HELD.key_bits, HELD.value_bits) if plan is None else plan.pair
+            key, value = self.key.encode(states[0], bits[0], layers), self.value.encode(states[1], bits[1], layers)
+            total = total + (self.key.magnitude(key) + self.value.magnitude(value))
+            token, start = _places(states[0], first + at, block)
+            tokens = PackedTokens(key, value, token, start, seen if plan is not None and plan.steps else None)
+            if plan is None:
+                layout.bucket(HELD).append_block(tokens, layers, self._allocate, first + at)
+            else:
+                self._advance(layout, layers, Run(tokens, first + at, block), plan, block)
+        self._close(layout, layer)
+        return total
+
+    def _expect(self, layout: Layout, plan: Plan, blocks: int, block: int) -> None:
+        """Tell the buckets that nothing leaves how many slots are coming, so that they are allocated in one piece."""
+        if not plan.steps:
+            layout.bucket(Stage(*plan.pair), self.reserved).expected = blocks * block
+            return
+        stages = [Stage(*bits, True) for bits in (plan.pair, *(step.pair for step in plan.steps[:-1]))]
+        waiting = sum(len(layout.buckets[stage].blocks) for stage in stages if stage in layout.buckets)
+        settled, keep = max(0, waiting + blocks - plan.steps[-1].after), round(plan.steps[-1].keep * block)
+        for stage, slots in ((stages[-1], keep), (Stage(*plan.steps[-1].pair), block - keep)):
+            if settled * slots:
+                layout.bucket(replace(stage, pending=False), self.reserved).expected += settled * slots
+
+    def _commit_mixed(
+        self,
+        layout: Layout,
+        layers: slice,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        first: int,
+        block: int,
+        widths: np.ndarray,
+    ) -> torch.Tensor:
+        """Commit tokens at the width that `widths` `[B, n]` has for each."""
+        token, start = _places(keys, first, block)
+        total = 0
+        for bits, counts, slots, valid in _by_width(widths, keys.device):
+            key, value = (
+                codec.encode(take(states, slots), bits, layers)
+                for codec, states in ((self.key, keys), (self.value, values))
+            )
+            tokens = PackedTokens(key, value, take(token, slots).masked_fill(~valid, EMPTY), take(start, slots))
+            layout.bucket(Stage(bits, bits), self.reserved).append(tokens, layers, self._allocate, counts)
             total = total + (self.key.magnitude(key) + self.value.magnitude(value))
         return total
+
+    def decide(self, widths: np.ndarray) -> None:
+        """Move the oldest tokens that are held at 8 bits to their `widths` `[B, n]`; 16 bits stay at 8."""
+        layout, layers = self._open(None)
+        bucket, at = layout.bucket(HELD), 0
+        while at < widths.shape[1]:
+            (run,) = pop_runs(bucket, layers, 1)
+            if at + run.size > widths.shape[1]:  # only a part is decided: the rest waits on
+                ready = widths.shape[1] - at
+                rest = run.tokens.map(lambda x, ready=ready: x[:, :, :, ready:].clone())
+                bucket.put_back(rest, layers, self._allocate, run.first + ready, run.ragged)
+                run = Run(run.tokens.map(lambda x, ready=ready: x[:, :, :, :ready]), run.first, ready, run.ragged)
+            part = np.where(widths[:, at : at + run.size] == FULL_WIDTH, HELD.key_bits, widths[:, at : at + run.size])
+            for bits, counts, slots, valid in _by_width(part, self.device):
+                tokens = run.tokens.take(slots)
+                key, _ = self.key.requantize(tokens.key, bits)
+                value, _ = self.value.requantize(tokens.value, bits)
+                tokens = PackedTokens(key, value, tokens.token.masked_fill(~valid, EMPTY), tokens.block_start)
+                layout.bucket(Stage(bits, bits), self.reserved).append(
+                    tokens, layers, self._allocate, counts, run.ragged
+                )
+            at += run.size
 
     def settle(
         self, source: Stage, target: tuple[int, int], blocks: int, keep: int, scores: Scores | None, pending: bool
@@ -112,56 +194,116 @@ class PackedStore:
         With `keep`, each layer, row and head leaves the `keep` tokens of a block that `scores` puts highest at the
         widths they have; all are then settled.
         """
-        self.changed()
-        ragged = self.buckets[source].ragged
-        while blocks:
-            tokens, taken = self.buckets[source].pop_blocks(blocks)  # all of one size
-            blocks -= len(taken)
-            key, key_error = self.key.requantize(tokens.key, target[0], want_error=keep > 0)
-            value, value_error = self.value.requantize(tokens.value, target[1], want_error=keep > 0)
-            received = None if tokens.received is None else tokens.received.float()
-            tokens = replace(tokens, received=tokens.received if pending else None)
-            moved = replace(tokens, key=key, value=value)
-            if keep:
-                rank = scores(Demotion(taken[0][0], taken[0][1], key_error, value_error, received))
-                kept, rest = _split(rank, tokens.token, taken[0][1], keep)
-                self._bucket(Stage(source.key_bits, source.value_bits)).append(tokens.take(kept), ragged=ragged)
-                if not rest.shape[-1]:
-                    continue
-                moved = moved.take(rest)
-            bucket = self._bucket(Stage(*target, pending))
-            bucket.append(moved, ragged=ragged)
-            if pending:
-                bucket.blocks += taken
+        layout, layers = self._open(None)
+        for run in pop_runs(layout.bucket(source), layers, blocks):
+            moved = self._demote(layout, layers, run, source, target, keep, scores, pending)
+            if moved is not None:
+                self._store(layout, layers, moved, Stage(*target, pending))
+
+    def _advance(self, layout: Layout, layers: slice, coming: Run, plan: Plan, block: int) -> None:
+        """Let blocks enter the first stage of `plan`, and all that are old enough move on."""
+        runs, bits, waited = [coming], plan.pair, 0
+        for step in plan.steps:
+            source, bucket = Stage(*bits, True), layout.bucket(Stage(*bits, True))
+            excess = len(bucket.blocks) + sum(run.blocks for run in runs) - (step.after - waited)
+            moving = pop_runs(bucket, layers, max(0, min(excess, len(bucket.blocks))))
+            excess -= sum(run.blocks for run in moving)
+            for run in runs:
+                go = max(0, min(excess, run.blocks))
+                excess -= go
+                moving += [run.part(0, go)] if go else []
+                if go < run.blocks:
+                    self._store(layout, layers, run.part(go, run.blocks), source)
+            pending = step is not plan.steps[-1]
+            keep, runs = round(step.keep * block), []
+            for run in moving:
+                moved = self._demote(layout, layers, run, source, step.pair, keep, plan.scores, pending)
+                runs += [] if moved is None else [moved]
+            bits, waited = step.pair, step.after
+        for run in runs:
+            self._store(layout, layers, run, Stage(*bits))
+
+    def _store(self, layout: Layout, layers: slice, run: Run, stage: Stage) -> None:
+        """Put tokens into the bucket of a stage."""
+        bucket = layout.bucket(stage, self.reserved)
+        if not stage.pending:
+            bucket.append(run.tokens, layers, self._allocate, ragged=run.ragged)
+            return
+        for number in range(run.blocks):
+            block = run.part(number, number + 1)
+            bucket.append_block(block.tokens, layers, self._allocate, block.first, run.ragged)
+
+    def _demote(
+        self,
+        layout: Layout,
+        layers: slice,
+        run: Run,
+        source: Stage,
+        target: tuple[int, int],
+        keep: int,
+        scores: Scores | None,
+        pending: bool,
+    ) -> Run | None:
+        """Move blocks to the widths `target`, but for the best `keep` tokens of each, which settle as they are."""
+        keep = min(keep, run.size)
+        key, key_error = self.key.requantize(run.tokens.key, target[0], keep > 0, layers)
+        value, value_error = self.value.requantize(run.tokens.value, target[1], keep > 0, layers)
+        tokens = replace(run.tokens, received=run.tokens.received if pending else None)
+        moved = replace(tokens, key=key, value=value)
+        if not keep:
+            return replace(run, tokens=moved)
+        received = None if run.tokens.received is None else run.tokens.received.float()
+        rank = scores(Demotion(self.layers[layers], run.first, run.size, key_error, value_error, received))
+        if rank.shape != tokens.token.shape:
+            raise ValueError(
+                f"scores must have shape {list(tokens.token.shape)} (layers, rows, heads, tokens of the "
+                f"blocks), got {list(rank.shape)}"
+            )
+        rank = rank.masked_fill(tokens.token == EMPTY, -torch.inf).unflatten(-1, (-1, run.size))
+        order = rank.argsort(dim=-1, descending=True, stable=True)
+        order = order + torch.arange(0, run.blocks * run.size, run.size, device=order.device)[:, None]
+        kept, rest = (part.sort(-1).values.flatten(-2) for part in order.split([keep, run.size - keep], dim=-1))
+        self._store(layout, layers, replace(run, tokens=tokens.take(kept)), replace(source, pending=False))
+        return None if keep == run.size else replace(run, tokens=moved.take(rest), size=run.size - keep)
+
+    def keep_layers(self, count: int) -> None:
+        """Let go of all but the first `count` layers, which are those that a prompt has been committed in so far."""
+        layout = self.layouts[count - 1]
+        layout.changed()
+        for _, segment in layout.segments():
+            segment.buffers = segment.buffers.map(lambda x: x[:count].clone())
+        self.layers, self.layouts, self._made = self.layers[:count], [layout] * count, []
+        if self.key.centre is not None:
+            self.key.centre = self.key.centre[:count].clone()
 
     def dense(self, layer: int, length: int) -> Iterator[torch.Tensor]:
-        """Keys, then values of one layer's committed tokens in text order, dequantized: `[B, H, length, D]` each."""
-        held = [bucket.held(layer) for bucket in self.buckets.values() if bucket.slots]
+        """Keys, then values of one layer's packed tokens in text order, dequantized: `[B, H, length, D]` each."""
+        held = [segment.held(layer) for _, segment in self.layouts[layer].segments()]
         places = [tokens.positions().masked_fill(tokens.token == EMPTY, length) for tokens in held]
         yield _in_text_order(self.key, [tokens.key for tokens in held], places, layer, length)
         yield _in_text_order(self.value, [tokens.value for tokens in held], places, layer, length)
 
     def crop(self, length: int) -> None:
         """Drop the tokens at positions `length` and later."""
-        self.changed()
-        for bucket in self.buckets.values():
+        self.layout.changed()
+        for bucket in self.layout.buckets.values():
             bucket.crop(length)
-        self.buckets = {stage: bucket for stage, bucket in self.buckets.items() if bucket.slots}
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`."""
-        self.changed()
-        for bucket in self.buckets.values():
-            bucket.map_rows(index)
+        self.layout.changed()
+        for bucket in self.layout.buckets.values():
+            bucket.segments = [segment.map_rows(index) for segment in bucket.segments]
+            self.note(*(x for segment in bucket.segments for x in segment.buffers.named().values()))
         if self.key.centre is not None:
             self.key.centre = self.key.centre.index_select(1, index)
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor to another device."""
-        self.changed()
+        self.layout.changed()
         self.device = torch.device(device)
-        for bucket in self.buckets.values():
-            bucket.buffers = bucket.buffers.map(lambda x: x.to(device))
+        for _, segment in self.layout.segments():
+            segment.buffers = segment.buffers.map(lambda x: x.to(device))
         shared = self.value.rotation is self.key.rotation
         for codec in (self.key, self.value):
             codec.rotation = None if codec.rotation is None else codec.rotation.to(device)
@@ -170,25 +312,36 @@ class PackedStore:
             self.value.rotation = self.key.rotation
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that this store owns, one that is shared more than once."""
-        for bucket in self.buckets.values():
-            yield from bucket.buffers.named().values()
+        """Every tensor that this store owns; one that is shared may come more than once."""
+        for layout in {id(layout): layout for layout in self.layouts}.values():
+            for bucket in layout.buckets.values():
+                for segment in bucket.segments:
+                    yield from segment.buffers.named().values()
         every = (self.key.rotation, self.key.centre, self.value.rotation)
         yield from (x for x in every if x is not None)
 
 
-def _split(rank: torch.Tensor, token: torch.Tensor, size: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots of the `keep` tokens of each block of `size` that `rank` puts highest, and of the others, in order."""
-    if rank.shape != token.shape:
-        raise ValueError(
-            f"scores must have shape {list(token.shape)} (layers, rows, heads, tokens of the blocks), "
-            f"got {list(rank.shape)}"
-        )
-    keep = min(keep, size)
-    order = rank.masked_fill(token == EMPTY, -torch.inf).unflatten(-1, (-1, size))
-    order = order.argsort(dim=-1, descending=True, stable=True)
-    order = order + torch.arange(0, token.shape[-1], size, device=order.device)[:, None]
-    return tuple(part.sort(-1).values.flatten(-2) for part in order.split([keep, size - keep], dim=-1))
+def _places(states: torch.Tensor, first: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token` and `block_start` of `PackedTokens` for states `[L, B, H, n, D]` at the positions from `first` on."""
+    layers, rows, heads, n = states.shape[:4]
+    index = torch.arange(n, device=states.device)
+    token = (index % block).to(torch.uint8).expand(layers, rows, heads, n)
+    return token, (first + index // block * block).to(torch.int32).expand(1, rows, 1, n)
+
+
+def _by_width(widths: np.ndarray, device: torch.device) -> Iterator[tuple[int, np.ndarray, torch.Tensor, torch.Tensor]]:
+    """For each width in `widths` `[B, n]`: how many tokens of each row have it, their slots, and which slots are real.
+
+    Slots `[1, B, 1, most]` are in text order; rows with fewer tokens than the longest are filled up.
+    """
+    for bits in np.unique(widths).tolist():
+        chosen = widths == bits
+        counts = chosen.sum(-1)
+        most = int(counts.max())
+        # Stable order by "not chosen" lists each row's chosen tokens first, in text order.
+        order = np.argsort(~chosen, axis=-1, kind="stable")[:, :most]
+        slots = torch.as_tensor(order, device=device)[None, :, None]
+        yield bits, counts, slots, torch.as_tensor(np.arange(most) < counts[:, None], device=device)[None, :, None]
 
 
 def _in_text_order(
@@ -201,4 +354,5 @@ def _in_text_order(
         if result is None:
             result = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])
         result.scatter_(2, at[..., None].expand_as(x), x)
+    codec.note(result)
     return result[:, :, :length]

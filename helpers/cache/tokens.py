@@ -27,9 +27,12 @@ class PackedTokens:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
         """The same slots with every tensor changed alike."""
-        received = None if self.received is None else change(self.received)
         return PackedTokens(
-            self.key.map(change), self.value.map(change), change(self.token), change(self.block_start), received
+            self.key.map(change),
+            self.value.map(change),
+            change(self.token),
+            change(self.block_start),
+            None if self.received is None else change(self.received),
         )
 
     def named(self) -> dict[str, torch.Tensor]:
@@ -60,3 +63,11 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     index = index[: x.shape[0], :, : x.shape[2]]
     at = index.reshape(*index.shape, *[1] * (x.ndim - 4))
     return x.gather(SLOT_DIM, at.expand(*x.shape[:SLOT_DIM], index.shape[-1], *x.shape[4:]))
+
+
+def joined(parts: list[PackedTokens]) -> PackedTokens:
+    """The slots of all `parts`, which are stored alike, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    queues = [iter(part.named().values()) for part in parts]
+    return parts[0].map(lambda x: torch.cat([next(queue) for queue in queues], dim=SLOT_DIM))

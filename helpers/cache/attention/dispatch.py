@@ -67,12 +67,16 @@ def packed_attention_forward(
             cache.attention_variance = attention_variance(query, tail_keys, attention_mask, scaling)
         if cache.record_received:
             record_prompt_received(query, states, attention_mask, scaling)
-        return dense_attention(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
-    attend = choose(query, states, attention_mask, record)
-    output, variance = attend(query, states, attention_mask, scaling, record)
-    if record:
-        cache.attention_variance = variance
-    return output.transpose(1, 2).contiguous(), None
+        output, _ = dense_attention(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
+    else:
+        attend = choose(query, states, attention_mask, record)
+        output, variance = attend(query, states, attention_mask, scaling, record)
+        output = output.transpose(1, 2).contiguous()
+        if record:
+            cache.attention_variance = variance
+    if states.layer_idx == len(cache.layers) - 1:
+        cache.end_forward()
+    return output, None
 
 
 def choose(query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, record_variance: bool):

@@ -15,6 +15,8 @@ import torch
 
 from helpers.cache.attention import numba_kernels as kernel
 from helpers.cache.layer import PackedStates
+from helpers.cache.layout import Layout
+from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.store import PackedStore
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by matrix products
@@ -91,60 +93,73 @@ class _Call:
 
 @dataclass
 class _Plan:
-    """What the calls between two changes of a store have in common."""
+    """What the calls between two changes of a layout have in common: pieces of segments, and tasks made of them."""
 
-    table: np.ndarray  # int64 [buckets, columns]
+    table: np.ndarray  # int64 [pieces, columns]
+    task_starts: np.ndarray  # int64 [tasks + 1]: which rows of the table each task reads
     parameters: list[int]
     pending: int  # slots whose received attention is recorded
-    slots: list[int]  # of each bucket
+    slots: int
+    piece: int  # tokens of a task at most
     call: _Call | None = None
 
 
-_COLUMNS = {
+_FIELDS = {
     name: getattr(kernel, name.upper())
     for name in ("key_codes", "key_scales", "value_codes", "value_scales", "token", "block_start", "received")
 }
 
 
-def _make_plan(store: PackedStore) -> _Plan:
-    buckets = [bucket for bucket in store.buckets.values() if bucket.slots]
-    table = np.zeros((len(buckets), kernel.COLUMNS), dtype=np.int64)
-    for row, bucket in zip(table, buckets, strict=True):
-        row[kernel.START], row[kernel.SLOTS], row[kernel.CAPACITY] = bucket.start, bucket.slots, bucket.capacity
-        row[kernel.KEY_BITS], row[kernel.VALUE_BITS] = bucket.stage.key_bits, bucket.stage.value_bits
-        row[kernel.RAGGED] = bucket.ragged
-        for name, tensor in bucket.buffers.named().items():
-            row[_COLUMNS[name]] = tensor.data_ptr()
+def _make_plan(store: PackedStore, layout: Layout, heads: int, threads: int) -> _Plan:
+    """Pieces and tasks for `heads` key/value heads over all rows. A task reads tokens of several stages and segments,
+    as long as all are rotated or none is: the query is turned once a task."""
+    segments = layout.segments()
+    slots = sum(segment.slots for _, segment in segments)
+    piece = -(-slots // max(1, -(-TASKS_A_THREAD * threads // heads)))
+    piece = max(PIECE, -(-piece // kernel.TILE) * kernel.TILE)
+    kinds = [(stage.key_bits < FULL_WIDTH, stage.value_bits < FULL_WIDTH) for stage, _ in segments]
+    rows, starts, room, pending, last = [], [], 0, 0, None
+    for at in sorted(range(len(segments)), key=lambda i: kinds[i]):
+        (stage, segment), first = segments[at], 0
+        fields = segment.buffers.named()
+        addresses = [fields[name].data_ptr() if name in fields else 0 for name in _FIELDS]
+        while first < segment.slots:
+            if not room or kinds[at] != last:
+                starts.append(len(rows))
+                room, last = piece, kinds[at]
+            stop = min(segment.slots, first + room)
+            rows.append([first, stop, segment.capacity, stage.key_bits, stage.value_bits, segment.ragged, pending])
+            rows[-1] += addresses
+            pending += stop - first if "received" in fields else 0
+            room, first = room - (stop - first), stop
+    table = np.array(rows, dtype=np.int64)
+    task_starts = np.array([*starts, len(rows)], dtype=np.int64)
     parameters = [0] * kernel.PARAMETERS
-    parameters[kernel.TABLE], parameters[kernel.BUCKETS] = table.ctypes.data, len(buckets)
-    keys, values = store.key, store.value
-    parameters[kernel.BFLOAT] = int(keys.full_dtype == torch.bfloat16)
-    if keys.rotation is not None:
-        parameters[kernel.KEY_ROTATION] = keys.rotation.data_ptr()
-        parameters[kernel.VALUE_ROTATION] = values.rotation.data_ptr()
-        parameters[kernel.CENTRE] = keys.centre.data_ptr()
-        dims = [len(keys.rotation), len(values.rotation)]
-        parameters[kernel.HADAMARD] = int(all(dim >= 4 and dim & (dim - 1) == 0 for dim in dims))
-    slots = table[:, kernel.SLOTS].tolist()
-    pending = int(table[table[:, kernel.RECEIVED] != 0, kernel.SLOTS].sum())
+    parameters[kernel.TABLE], parameters[kernel.TABLE_ROWS] = table.ctypes.data, len(rows)
+    parameters[kernel.TASK_STARTS], parameters[kernel.PACKED_TASKS] = task_starts.ctypes.data, len(starts)
+    parameters[kernel.BFLOAT] = int(store.key.full_dtype == torch.bfloat16)
     parameters[kernel.PENDING] = pending
-    return _Plan(table, parameters, pending, slots)
+    rotations = store.key.rotation, store.value.rotation
+    if rotations[0] is not None:
+        parameters[kernel.KEY_ROTATION], parameters[kernel.VALUE_ROTATION] = (x.data_ptr() for x in rotations)
+        parameters[kernel.CENTRE] = store.key.centre.data_ptr()
+        dims = [len(matrix) for matrix in rotations]
+        parameters[kernel.HADAMARD] = int(all(dim >= 4 and dim & (dim - 1) == 0 for dim in dims))
+    return _Plan(table, task_starts, parameters, pending, slots, piece)
 
 
 def _make_call(plan: _Plan, key: tuple, kv_heads: int, dim: int, value_dim: int) -> _Call:
     rows, heads, queries, tail, scaling, threads, _ = key
     groups = heads // kv_heads
-    total = sum(plan.slots) + tail
+    total = plan.slots + tail
     if threads > 1 and (2 * total * rows * heads * queries * dim < SERIAL_WORK or _parallel() is None):
         threads = 1
-    piece = -(-total // max(1, -(-TASKS_A_THREAD * threads // (rows * kv_heads))))
-    piece = max(PIECE, -(-piece // kernel.TILE) * kernel.TILE)
-    pieces = sum(-(-slots // piece) for slots in (*plan.slots, tail))
+    pieces = len(plan.task_starts) - 1 - (-tail // plan.piece)
     grouped = groups * queries
     factor = ctypes.c_float(scaling)
     p = plan.parameters.copy()
     p[kernel.ROWS], p[kernel.HEADS], p[kernel.GROUPS], p[kernel.QUERIES] = rows, kv_heads, groups, queries
-    p[kernel.DIM], p[kernel.VALUE_DIM], p[kernel.TAIL], p[kernel.PIECE_SIZE] = dim, value_dim, tail, piece
+    p[kernel.DIM], p[kernel.VALUE_DIM], p[kernel.TAIL], p[kernel.PIECE_SIZE] = dim, value_dim, tail, plan.piece
     p[kernel.SCALING] = ctypes.addressof(factor)
     counters = _workspace("counters", 2 + rows * kv_heads, np.int64)
     partials = _workspace("partials", rows * kv_heads * pieces * grouped * (kernel.STATS + value_dim), np.float32)
@@ -202,11 +217,11 @@ def packed_attention(
         query = query.contiguous()
         query_strides = query.stride()
     value_dim = values.shape[3]
-    derived = states.store.derived
-    plan = derived.get("numba")
+    derived, threads = states.layout.derived, torch.get_num_threads()
+    plan = derived.get(("numba", threads))
     if plan is None:
-        plan = derived["numba"] = _make_plan(states.store)
-    call, key = plan.call, (rows, heads, queries, tail, scaling, torch.get_num_threads(), threading.get_ident())
+        plan = derived["numba", threads] = _make_plan(states.store, states.layout, rows * keys.shape[1], threads)
+    call, key = plan.call, (rows, heads, queries, tail, scaling, threads, threading.get_ident())
     if call is None or call.key != key:
         call = plan.call = _make_call(plan, key, keys.shape[1], dim, value_dim)
 

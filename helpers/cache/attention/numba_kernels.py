@@ -24,11 +24,9 @@ TILE = 32  # tokens that are expanded at a time
 MATH = {"reassoc", "nsz", "arcp", "contract"}  # not "ninf": hidden scores are -inf
 
 
-# Columns of a store's bucket table, one row a bucket: sizes, then the address of each field.
-START, SLOTS, CAPACITY, KEY_BITS, VALUE_BITS, RAGGED, KEY_CODES, KEY_SCALES = range(8)
-
-
-VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED, COLUMNS = range(8, 14)
+# Columns of a layout's table, one row a piece of a segment: what it covers, how it is stored, where each field lies.
+FIRST, STOP, CAPACITY, KEY_BITS, VALUE_BITS, RAGGED, PENDING_AT, KEY_CODES, KEY_SCALES = range(9)
+VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED, COLUMNS = range(9, 15)
 
 
 def _compiled(function):
@@ -304,23 +302,15 @@ def _floats(address, count):
     return carray(_address(address), (count,), np.float32)
 
 
-@_compiled
-def _pieces(table, buckets, tail, piece):
-    """How many pieces the tokens of one head are divided into."""
-    count = (tail + piece - 1) // piece
-    for b in range(buckets):
-        count += (table[b, SLOTS] + piece - 1) // piece
-    return count
-
-
 # Entries of the parameter list of a call, int64 each.
 (
-    TABLE, BUCKETS, LAYER, ROWS, HEADS, GROUPS, QUERIES, DIM, VALUE_DIM, TAIL, PIECE_SIZE, BFLOAT, SCALING,
+    TABLE, TABLE_ROWS, TASK_STARTS, PACKED_TASKS,
+    LAYER, ROWS, HEADS, GROUPS, QUERIES, DIM, VALUE_DIM, TAIL, PIECE_SIZE, BFLOAT, SCALING,
     QUERY, QUERY_ROW, QUERY_HEAD, QUERY_TOKEN,
     TAIL_KEYS, TAIL_KEYS_ROW, TAIL_KEYS_HEAD, TAIL_VALUES, TAIL_VALUES_ROW, TAIL_VALUES_HEAD,
     KEY_ROTATION, VALUE_ROTATION, CENTRE, BIAS, BIAS_ROW, BIAS_QUERY, BIAS_TOKENS,
     OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, HADAMARD, PARAMETERS,
-) = range(39)  # fmt: skip
+) = range(41)  # fmt: skip
 
 
 STATS = 4  # maximum, sum, sum of squares and number of visible tokens, before a partial result
@@ -336,8 +326,8 @@ def scratch_size(rows, dim, value_dim):
 def work(params):
     """Take tasks until none is left; the last task of a head puts its pieces together."""
     p = carray(params, (PARAMETERS,), np.int64)
-    table = carray(_address(p[TABLE]), (p[BUCKETS], COLUMNS), np.int64)
-    pieces = _pieces(table, p[BUCKETS], p[TAIL], p[PIECE_SIZE])
+    table = carray(_address(p[TABLE]), (p[TABLE_ROWS], COLUMNS), np.int64)
+    pieces = p[PACKED_TASKS] + (p[TAIL] + p[PIECE_SIZE] - 1) // p[PIECE_SIZE]
     heads = p[ROWS] * p[HEADS]
     counters = p[COUNTERS]  # next task, next thread, then tasks done of each head
     rows = p[GROUPS] * p[QUERIES]
@@ -361,23 +351,12 @@ def _attend(p, table, head, piece, pieces, scratch):
     row, kv_head = head // p[HEADS], head % p[HEADS]
     wide = max(dim, value_dim)
 
-    # Which bucket the piece lies in (none: the tail), and where; `before` counts pending slots of earlier buckets.
-    bucket = 0
-    at = piece
-    before = 0
-    while bucket < p[BUCKETS]:
-        count = (table[bucket, SLOTS] + p[PIECE_SIZE] - 1) // p[PIECE_SIZE]
-        if at < count:
-            break
-        at -= count
-        if table[bucket, RECEIVED]:
-            before += table[bucket, SLOTS]
-        bucket += 1
-    in_tail = bucket == p[BUCKETS]
-    first = at * p[PIECE_SIZE]
-    stop = min(first + p[PIECE_SIZE], p[TAIL] if in_tail else table[bucket, SLOTS])
-    key_bits = np.int64(32) if in_tail else table[bucket, KEY_BITS]
-    value_bits = np.int64(32) if in_tail else table[bucket, VALUE_BITS]
+    # Which rows of the table make up the piece; their keys are all coded or all not, and their values likewise.
+    in_tail = piece >= p[PACKED_TASKS]
+    task_starts = carray(_address(p[TASK_STARTS]), (p[PACKED_TASKS] + 1,), np.int64)
+    entry = np.int64(0) if in_tail else task_starts[piece]
+    end = np.int64(1) if in_tail else task_starts[piece + 1]
+    coded = (not in_tail) and table[entry, KEY_BITS] < FULL_WIDTH
 
     query = carray(_address(scratch), (rows, dim), np.float32)
     turned = carray(_address(scratch + 4 * rows * dim), (rows, dim), np.float32)
@@ -390,7 +369,6 @@ def _attend(p, table, head, piece, pieces, scratch):
     weighted = carray(_address(place), (rows, value_dim), np.float32)
     stats = carray(_address(place + 4 * rows * value_dim), (rows, STATS), np.float32)
     scaling = carray(_address(p[SCALING]), (1,), np.float32)[0]
-    coded = key_bits < FULL_WIDTH
     turn = coded and p[KEY_ROTATION] != 0
 
     for r in range(rows):
@@ -429,122 +407,132 @@ def _attend(p, table, head, piece, pieces, scratch):
         for j in range(value_dim):
             weighted[r, j] = np.float32(0)
 
-    capacity = np.int64(0) if in_tail else table[bucket, CAPACITY]
-    slot0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
-    slot0 = slot0 * capacity + (np.int64(0) if in_tail else table[bucket, START])
-    positions0 = np.int64(0) if in_tail else row * capacity + table[bucket, START]
+    place0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
     tail_at = p[BIAS_TOKENS] - p[TAIL]
-
-    at = first
-    while at < stop:
-        n = min(np.int64(TILE), stop - at)
-        slot = slot0 + at
-        # Keys of the tile.
+    while entry < end:
         if in_tail:
-            source = carray(
-                _address(p[TAIL_KEYS] + 4 * (row * p[TAIL_KEYS_ROW] + kv_head * p[TAIL_KEYS_HEAD] + at * dim)),
-                (n, dim),
-                np.float32,
-            )
-            for r in range(rows):
-                _dots(source, n, query[r], scores[r])
+            at = (piece - p[PACKED_TASKS]) * p[PIECE_SIZE]
+            stop = min(at + p[PIECE_SIZE], p[TAIL])
+            capacity = np.int64(0)
+            key_bits = value_bits = np.int64(32)
+            before = np.int64(0)
+            ragged = received = False
         else:
-            size = dim * key_bits // 8
-            codes = carray(_address(table[bucket, KEY_CODES] + slot * size), (n * size,), np.uint8)
-            keys = carray(_address(base), (TILE, dim), np.float32)
-            _expand(codes, key_bits, n, dim, p[BFLOAT], keys)
-            for r in range(rows):
-                _dots(keys, n, query[r], scores[r])
-            if coded:
-                halves = carray(_address(table[bucket, KEY_SCALES] + slot * 4), (n, 2), np.uint16)
-                for t in range(n):
-                    scale[t] = _half(halves[t, 0])
-                    zero[t] = _half(halves[t, 1])
-        hides = p[BIAS] != 0 or ((not in_tail) and table[bucket, RAGGED] != 0)
-        if not in_tail and hides:
-            tokens = carray(_address(table[bucket, TOKEN] + slot), (n,), np.uint8)
-            starts = carray(_address(table[bucket, BLOCK_START] + 4 * (positions0 + at)), (n,), np.int32)
-        for r in range(rows):
-            q = r % queries
-            if coded:
-                total, offset = totals[r, 0], totals[r, 1]
-                for t in range(n):
-                    scores[r, t] = (scores[r, t] * scale[t] + zero[t] * total + offset) * scaling
+            at, stop, capacity = table[entry, FIRST], table[entry, STOP], table[entry, CAPACITY]
+            key_bits, value_bits = table[entry, KEY_BITS], table[entry, VALUE_BITS]
+            before = table[entry, PENDING_AT] - at
+            ragged, received = table[entry, RAGGED] != 0, table[entry, RECEIVED] != 0
+        slot0, positions0 = place0 * capacity, row * capacity
+        while at < stop:
+            n = min(np.int64(TILE), stop - at)
+            slot = slot0 + at
+            # Keys of the tile.
+            if in_tail:
+                source = carray(
+                    _address(p[TAIL_KEYS] + 4 * (row * p[TAIL_KEYS_ROW] + kv_head * p[TAIL_KEYS_HEAD] + at * dim)),
+                    (n, dim),
+                    np.float32,
+                )
+                for r in range(rows):
+                    _dots(source, n, query[r], scores[r])
             else:
-                for t in range(n):
-                    scores[r, t] *= scaling
-            if hides or (in_tail and queries > 1):
-                if p[BIAS]:
-                    bias = _floats(p[BIAS] + 4 * (row * p[BIAS_ROW] + q * p[BIAS_QUERY]), p[BIAS_TOKENS])
+                size = dim * key_bits // 8
+                codes = carray(_address(table[entry, KEY_CODES] + slot * size), (n * size,), np.uint8)
+                keys = carray(_address(base), (TILE, dim), np.float32)
+                _expand(codes, key_bits, n, dim, p[BFLOAT], keys)
+                for r in range(rows):
+                    _dots(keys, n, query[r], scores[r])
+                if coded:
+                    halves = carray(_address(table[entry, KEY_SCALES] + slot * 4), (n, 2), np.uint16)
                     for t in range(n):
-                        if in_tail:
-                            scores[r, t] += bias[tail_at + at + t]
-                        elif tokens[t] == EMPTY:
-                            scores[r, t] = np.float32(-np.inf)
-                        else:
-                            scores[r, t] += bias[starts[t] + tokens[t]]
-                elif in_tail:
+                        scale[t] = _half(halves[t, 0])
+                        zero[t] = _half(halves[t, 1])
+            hides = p[BIAS] != 0 or ragged
+            if not in_tail and hides:
+                tokens = carray(_address(table[entry, TOKEN] + slot), (n,), np.uint8)
+                starts = carray(_address(table[entry, BLOCK_START] + 4 * (positions0 + at)), (n,), np.int32)
+            for r in range(rows):
+                q = r % queries
+                if coded:
+                    total, offset = totals[r, 0], totals[r, 1]
                     for t in range(n):
-                        if at + t > p[TAIL] - queries + q:
-                            scores[r, t] = np.float32(-np.inf)
+                        scores[r, t] = (scores[r, t] * scale[t] + zero[t] * total + offset) * scaling
                 else:
                     for t in range(n):
-                        if tokens[t] == EMPTY:
-                            scores[r, t] = np.float32(-np.inf)
-            if not in_tail and table[bucket, RECEIVED] != 0:
-                kept = _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + before + at), n)
-                for t in range(n):
-                    kept[t] = scores[r, t]
-            highest = max(totals[r, 2], _highest(scores[r], n))
-            seen = n
-            if hides or (in_tail and queries > 1):
-                seen = 0
-                for t in range(n):
-                    seen += scores[r, t] > np.float32(-np.inf)
-            totals[r, 5] += np.float32(seen)
-            if highest == np.float32(-np.inf):
-                for t in range(n):
-                    scores[r, t] = np.float32(0)
-                continue
-            shrink = _exp(totals[r, 2] - highest)
-            if shrink != np.float32(1):
-                for j in range(value_dim):
-                    weighted[r, j] *= shrink
-                totals[r, 3] *= shrink
-                totals[r, 4] *= shrink * shrink
-                totals[r, 6] *= shrink
-            totals[r, 2] = highest
-            total, squares = _exponentials(scores[r], n, highest)
-            totals[r, 3] += total
-            totals[r, 4] += squares
-        # Values of the tile.
-        if in_tail:
-            source = carray(
-                _address(
-                    p[TAIL_VALUES] + 4 * (row * p[TAIL_VALUES_ROW] + kv_head * p[TAIL_VALUES_HEAD] + at * value_dim)
-                ),
-                (n, value_dim),
-                np.float32,
-            )
-            _add_weighted(source, n, scores, weighted)
-        else:
-            size = value_dim * value_bits // 8
-            codes = carray(_address(table[bucket, VALUE_CODES] + slot * size), (n * size,), np.uint8)
-            values = carray(_address(base), (TILE, value_dim), np.float32)
-            _expand(codes, value_bits, n, value_dim, p[BFLOAT], values)
-            if value_bits < FULL_WIDTH:
-                halves = carray(_address(table[bucket, VALUE_SCALES] + slot * 4), (n, 2), np.uint16)
-                for t in range(n):
-                    scale[t] = _half(halves[t, 0])
-                    zero[t] = _half(halves[t, 1])
-                for r in range(rows):
-                    shift = np.float32(0)
+                        scores[r, t] *= scaling
+                if hides or (in_tail and queries > 1):
+                    if p[BIAS]:
+                        bias = _floats(p[BIAS] + 4 * (row * p[BIAS_ROW] + q * p[BIAS_QUERY]), p[BIAS_TOKENS])
+                        for t in range(n):
+                            if in_tail:
+                                scores[r, t] += bias[tail_at + at + t]
+                            elif tokens[t] == EMPTY:
+                                scores[r, t] = np.float32(-np.inf)
+                            else:
+                                scores[r, t] += bias[starts[t] + tokens[t]]
+                    elif in_tail:
+                        for t in range(n):
+                            if at + t > p[TAIL] - queries + q:
+                                scores[r, t] = np.float32(-np.inf)
+                    else:
+                        for t in range(n):
+                            if tokens[t] == EMPTY:
+                                scores[r, t] = np.float32(-np.inf)
+                if received:
+                    kept = _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + before + at), n)
                     for t in range(n):
-                        shift += scores[r, t] * zero[t]
-                        scores[r, t] *= scale[t]
-                    totals[r, 6] += shift
-            _add_weighted(values, n, scores, weighted)
-        at += n
+                        kept[t] = scores[r, t]
+                highest = max(totals[r, 2], _highest(scores[r], n))
+                seen = n
+                if hides or (in_tail and queries > 1):
+                    seen = 0
+                    for t in range(n):
+                        seen += scores[r, t] > np.float32(-np.inf)
+                totals[r, 5] += np.float32(seen)
+                if highest == np.float32(-np.inf):
+                    for t in range(n):
+                        scores[r, t] = np.float32(0)
+                    continue
+                shrink = _exp(totals[r, 2] - highest)
+                if shrink != np.float32(1):
+                    for j in range(value_dim):
+                        weighted[r, j] *= shrink
+                    totals[r, 3] *= shrink
+                    totals[r, 4] *= shrink * shrink
+                    totals[r, 6] *= shrink
+                totals[r, 2] = highest
+                total, squares = _exponentials(scores[r], n, highest)
+                totals[r, 3] += total
+                totals[r, 4] += squares
+            # Values of the tile.
+            if in_tail:
+                source = carray(
+                    _address(
+                        p[TAIL_VALUES] + 4 * (row * p[TAIL_VALUES_ROW] + kv_head * p[TAIL_VALUES_HEAD] + at * value_dim)
+                    ),
+                    (n, value_dim),
+                    np.float32,
+                )
+                _add_weighted(source, n, scores, weighted)
+            else:
+                size = value_dim * value_bits // 8
+                codes = carray(_address(table[entry, VALUE_CODES] + slot * size), (n * size,), np.uint8)
+                values = carray(_address(base), (TILE, value_dim), np.float32)
+                _expand(codes, value_bits, n, value_dim, p[BFLOAT], values)
+                if value_bits < FULL_WIDTH:
+                    halves = carray(_address(table[entry, VALUE_SCALES] + slot * 4), (n, 2), np.uint16)
+                    for t in range(n):
+                        scale[t] = _half(halves[t, 0])
+                        zero[t] = _half(halves[t, 1])
+                    for r in range(rows):
+                        shift = np.float32(0)
+                        for t in range(n):
+                            shift += scores[r, t] * zero[t]
+                            scores[r, t] *= scale[t]
+                        totals[r, 6] += shift
+                _add_weighted(values, n, scores, weighted)
+            at += n
+        entry += 1
     for r in range(rows):
         for j in range(value_dim):
             weighted[r, j] += totals[r, 6]
@@ -561,6 +549,7 @@ def _combine(p, table, head, pieces, scratch):
     heads = p[HEADS] * groups
     width = STATS + value_dim
     parts = carray(_address(p[PARTIALS] + 4 * head * pieces * rows * width), (pieces, rows * width), np.float32)
+    starts = carray(_address(p[TASK_STARTS]), (p[PACKED_TASKS] + 1,), np.int64)
     stats0 = rows * value_dim
     turned = _floats(scratch, value_dim)
     back = _floats(scratch + 4 * value_dim, value_dim)
@@ -576,26 +565,22 @@ def _combine(p, table, head, pieces, scratch):
         total = np.float32(0)
         squares = np.float32(0)
         seen = np.float32(0)
-        piece = 0
-        for b in range(p[BUCKETS] + 1):
-            tokens = p[TAIL] if b == p[BUCKETS] else table[b, SLOTS]
-            rotated = b < p[BUCKETS] and table[b, VALUE_BITS] < FULL_WIDTH and p[VALUE_ROTATION] != 0
-            for _ in range((tokens + p[PIECE_SIZE] - 1) // p[PIECE_SIZE]):
-                part = parts[piece, r * value_dim : (r + 1) * value_dim]
-                stats = parts[piece, stats0 + r * STATS : stats0 + (r + 1) * STATS]
-                piece += 1
-                if stats[0] == np.float32(-np.inf):
-                    continue
-                weight = _exp(stats[0] - highest)
-                total += weight * stats[1]
-                squares += weight * weight * stats[2]
-                seen += stats[3]
-                if rotated:
-                    for j in range(value_dim):
-                        turned[j] += weight * part[j]
-                else:
-                    for j in range(value_dim):
-                        out[j] += weight * part[j]
+        for piece in range(pieces):
+            part = parts[piece, r * value_dim : (r + 1) * value_dim]
+            stats = parts[piece, stats0 + r * STATS : stats0 + (r + 1) * STATS]
+            if stats[0] == np.float32(-np.inf):
+                continue
+            weight = _exp(stats[0] - highest)
+            total += weight * stats[1]
+            squares += weight * weight * stats[2]
+            seen += stats[3]
+            packed = piece < p[PACKED_TASKS]
+            if packed and table[starts[piece], VALUE_BITS] < FULL_WIDTH and p[VALUE_ROTATION] != 0:
+                for j in range(value_dim):
+                    turned[j] += weight * part[j]
+            else:
+                for j in range(value_dim):
+                    out[j] += weight * part[j]
         if p[VALUE_ROTATION]:
             rotation = carray(_address(p[VALUE_ROTATION]), (value_dim, value_dim), np.float32)
             if p[HADAMARD]:
@@ -613,26 +598,23 @@ def _combine(p, table, head, pieces, scratch):
             variance = _floats(p[VARIANCE] + 4 * ((row * heads + kv_head * groups + g) * queries + q), 1)
             seen = max(seen, np.float32(1))
             variance[0] = max(squares * share * share / seen - np.float32(1) / (seen * seen), np.float32(0))
-        before = 0
-        for b in range(p[BUCKETS]):
+        for b in range(p[TABLE_ROWS]):
             if table[b, RECEIVED]:
-                slots = table[b, SLOTS]
-                kept = _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + before), slots)
+                slots = table[b, STOP] - table[b, FIRST]
+                kept = _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + table[b, PENDING_AT]), slots)
                 for t in range(slots):
                     kept[t] = _exp(kept[t] - highest) * share if total > 0 else np.float32(0)
-                before += slots
-    before = 0
-    for b in range(p[BUCKETS]):
+    for b in range(p[TABLE_ROWS]):
         if table[b, RECEIVED]:
-            slots = table[b, SLOTS]
-            at = ((p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head) * table[b, CAPACITY] + table[b, START]
+            slots = table[b, STOP] - table[b, FIRST]
+            at = ((p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head) * table[b, CAPACITY] + table[b, FIRST]
             received = carray(_address(table[b, RECEIVED] + 2 * at), (slots,), np.uint16)
             for t in range(slots):
                 added = np.float32(0)
                 for r in range(rows):
-                    added += _floats(p[SCORES] + 4 * ((head * rows + r) * p[PENDING] + before + t), 1)[0]
+                    place = (head * rows + r) * p[PENDING] + table[b, PENDING_AT] + t
+                    added += _floats(p[SCORES] + 4 * place, 1)[0]
                 received[t] = _to_half(_half(received[t]) + added)
-            before += slots
 
 
 def _enter(params):

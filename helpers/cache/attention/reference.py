@@ -38,17 +38,17 @@ def packed_attention(
     kv_heads = states.tail_keys.shape[1]
     q = query.to(store.dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
     mask = grouped_mask(attention_mask, rows, heads, kv_heads)
-    buckets = states.buckets
-    held = [bucket.held(layer) for bucket in buckets]
+    segments = [segment for _, segment in states.segments]
+    held = [segment.held(layer) for segment in segments]
 
     scores = []
     packed = _packed_scores(q, store.key, [tokens.key for tokens in held], layer)
-    for bucket, tokens, part in zip(buckets, held, packed, strict=True):
+    for segment, tokens, part in zip(segments, held, packed, strict=True):
         part = part * scaling
         if mask is not None:
             at = tokens.positions().clamp_(max=mask.shape[-1] - 1)[:, :, None, None]
             part = apply_mask(part, mask.gather(-1, at.expand(*mask.shape[:-1], at.shape[-1])))
-        if bucket.ragged:
+        if segment.ragged:
             part = part.masked_fill((tokens.token == EMPTY)[:, :, None, None], -torch.inf)
         scores.append(part)
     tail = (q @ states.tail_keys.to(store.dtype)[:, :, None].mT) * scaling

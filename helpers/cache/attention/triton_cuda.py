@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from helpers.cache.layer import PackedStates
+from helpers.cache.layout import Layout
 from helpers.cache.quantization import FULL_WIDTH, WIDTHS
 from helpers.cache.store import PackedStore
 from helpers.cache.tokens import EMPTY
@@ -648,35 +649,35 @@ def _programs(device: torch.device) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(store: PackedStore, heads: int) -> _Plan:
-    """The plan of a store, made anew after every change of its buckets; `heads` over all rows."""
-    plan = store.derived.get("triton")
+def _plan(store: PackedStore, layout: Layout, heads: int) -> _Plan:
+    """The plan of a layout, made anew after every change of its buckets; `heads` over all rows."""
+    plan = layout.derived.get("triton")
     if plan is None:
-        buckets = [bucket for bucket in store.buckets.values() if bucket.slots]
-        buckets.sort(key=lambda bucket: bucket.stage.value_bits == FULL_WIDTH)  # those whose values are rotated first
-        even = sum(bucket.slots for bucket in buckets) * heads // _programs(store.device)
+        segments = layout.segments()
+        segments.sort(key=lambda pair: pair[0].value_bits == FULL_WIDTH)  # those whose values are rotated first
+        even = sum(segment.slots for _, segment in segments) * heads // _programs(store.device)
         piece_tokens = min(MAX_PIECE, -(-max(even, 1) // TILE) * TILE)
         # Equal widths are always compiled, so that a policy that comes to use one does not wait for it.
-        stages = tuple(sorted({(b, b) for b in WIDTHS} | {(b.stage.key_bits, b.stage.value_bits) for b in buckets}))
+        stages = tuple(sorted({(b, b) for b in WIDTHS} | {(stage.key_bits, stage.value_bits) for stage, _ in segments}))
         rows, waiting, turned, pending = [], [], 0, 0
         rotates = store.value.rotation is not None
-        for bucket in buckets:
-            tensors, recorded = bucket.buffers.named(), bucket.buffers.received is not None
-            fixed = [bucket.start, bucket.capacity, pending if recorded else -1]
+        for stage, segment in segments:
+            tensors, recorded = segment.buffers.named(), segment.buffers.received is not None
+            fixed = [0, segment.capacity, pending if recorded else -1]
             fixed += [tensors[name].data_ptr() if name in tensors else 0 for name in _COLUMNS[7:]]
-            stage = stages.index((bucket.stage.key_bits, bucket.stage.value_bits))
-            for first in range(0, bucket.slots, piece_tokens):
-                stop = min(first + piece_tokens, bucket.slots)
-                rows.append([stage, bucket.ragged, first, stop, *fixed, 0, 0])
-                turned += rotates and bucket.stage.value_bits != FULL_WIDTH
+            number = stages.index((stage.key_bits, stage.value_bits))
+            for first in range(0, segment.slots, piece_tokens):
+                stop = min(first + piece_tokens, segment.slots)
+                rows.append([number, segment.ragged, first, stop, *fixed, 0, 0])
+                turned += rotates and stage.value_bits != FULL_WIDTH
                 if recorded:
                     waiting.append(rows[-1])
-            pending += bucket.slots if recorded else 0
+            pending += segment.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
         own = (store.key.rotation.T, store.value.rotation, store.key.centre) if rotates else ()
         own = [matrix.contiguous() for matrix in own] or [None] * 3
         plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, *own)
-        store.derived["triton"] = plan
+        layout.derived["triton"] = plan
     return plan
 
 
@@ -698,7 +699,7 @@ def packed_attention(
     query = query if query.stride(3) == 1 else query.contiguous()
     groups = heads // kv_heads
     grouped = groups * queries
-    plan = _plan(store, rows * kv_heads)
+    plan = _plan(store, states.layout, rows * kv_heads)
     pieces = plan.committed - (-tail // plan.piece_tokens)
     partials = query.new_empty(rows * kv_heads * pieces * grouped * (STATS.value + value_dim), dtype=torch.float32)
     scores = None
