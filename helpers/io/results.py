@@ -1,4 +1,7 @@
-"""Results files: written whole or not at all, read with the notebook named that writes them."""
+"""Results files: tables and JSON with their provenance, and answers that are kept for the question they belong to.
+
+A file that is not there yet is an error that names the notebook which writes it.
+"""
 
 import hashlib
 import json
@@ -37,12 +40,9 @@ def write_json(path: str | Path, content: object) -> None:
             old = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             old = None
-        if (
-            isinstance(old, dict)
-            and "date" in old
-            and {**old, "date": ""} == json.loads(json.dumps({**content, "date": ""}))
-        ):
-            content = {**content, "date": old["date"]}
+        dated = isinstance(old, dict) and "date" in old
+        if dated and old == json.loads(json.dumps({**content, "date": old["date"]})):
+            content = old
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
