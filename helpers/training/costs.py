@@ -1,4 +1,7 @@
-"""Part 1's table extended by what each width costs each token."""
+"""Part 1's table extended by what each width costs each token, and by the width that is worth its bits.
+
+Measuring takes minutes, so the costs are kept in a file, for the model and table that they belong to.
+"""
 
 from pathlib import Path
 
@@ -30,7 +33,7 @@ def texts_of(table: pd.DataFrame) -> dict[int, list[int]]:
 def measure_costs(
     model: PreTrainedModel, table: pd.DataFrame, average: float = 4.0, horizon: int = HORIZON
 ) -> tuple[pd.DataFrame, float]:
-    """The table of `collect` with more columns, and the lambda (nats per bit) behind `optimal_bits`.
+    """The table of `collect` with more columns, and the multiplier (nats per bit) behind `optimal_bits`.
 
     Added: `surprisal`, `key_error`, `value_error` (see `TokenFeatures`); `cost_2` to `cost_16`, the measured rise of
     KL in nats over the `horizon` following predictions; `horizon`, how many there were; and `optimal_bits` for a
@@ -45,13 +48,9 @@ def measure_costs(
         logits = model(input_ids=row, cache=cache).logits
         states = text_states(cache)
         own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
-        errors = {
-            f"{side}_error": states.store.relative_error(x, side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy()
-            for side, x in (("key", states.keys), ("value", states.values))
-        }
-        costs = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
-        part = table[table["text_id"] == text_id].assign(surprisal=own.cpu().numpy(), **errors)
-        part[COST_COLUMNS] = costs
+        known = {"surprisal": own, **states.relative_errors(min(WIDTHS))}
+        part = table[table["text_id"] == text_id].assign(**{name: x.cpu().numpy() for name, x in known.items()})
+        part[COST_COLUMNS] = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
         parts.append(part.assign(horizon=np.minimum(horizon, len(ids) - 1 - np.arange(len(ids)))))
     result = pd.concat(parts, ignore_index=True)
     bits, multiplier = optimal_bits(result[COST_COLUMNS].to_numpy(), average)
