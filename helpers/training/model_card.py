@@ -1,13 +1,12 @@
 """The card of the embedded pair: what `training.json` says of each model, and what can be measured again.
 
-`python main.py card [--holdout-text REAL_STORIES]` measures and writes. The card's text is in `pair_card.md`.
+`python main.py card [--holdout-text REAL_STORIES]` measures and writes. The card's text is in `cards/pair.md`.
 """
 
 import json
 import statistics
 from pathlib import Path
 
-import pandas as pd
 import torch
 from transformers import DynamicCache
 
@@ -22,6 +21,7 @@ from helpers.models.stories import read_stories, split_holdout
 from helpers.policies.decoding import decode
 from helpers.training.pretraining import bits_per_byte
 
+CARD = Path(__file__).parent / "cards" / "pair.md"
 PAIR = ("large", "small")
 SAMPLE_SEEDS = range(10)
 SAMPLE_TOKENS = 120
@@ -74,39 +74,28 @@ def measure_pair(folder: Path, items: list[MultipleChoice], holdout_text: str | 
 
 def write_pair_card(folder: Path, measured: dict[str, object]) -> None:
     """Write `folder/README.md` and `folder/measured.json`."""
-    told = {name: json.loads((folder / name / "training.json").read_text(encoding="utf-8")) for name in PAIR}
     columns = {}
     for name in PAIR:
-        settings, accuracy = told[name]["settings"], measured[name]
-        accuracy = {m: "{:.1%} [{:.1%}, {:.1%}]".format(*accuracy[m]) for m in ("acc", "acc_norm")}
-        columns[name] = {
-            "parameters": f"{told[name]['parameters'] / 1e6:.2f} M",
-            "shape": f"{settings['layers']} layers of {settings['hidden']}, {settings['heads']} query / "
-            f"{settings['kv_heads']} KV heads of {settings['head_dim']}",
-            "steps": settings["steps"],
-            "tokens seen": f"{told[name]['tokens_seen'] / 1e6:.1f} M",
-            "time": f"{told[name]['seconds'] / 60:.0f} min",
-            "held-out bits per byte": told[name]["holdout_bits_per_byte"],
-            "multiple choice (sum)": accuracy["acc"],
-            "multiple choice (per byte)": accuracy["acc_norm"],
-            "ms per token": f"{measured['ms_per_token'][name]:.2f}",
+        told = json.loads((folder / name / "training.json").read_text(encoding="utf-8"))
+        columns[name] = told | {
+            "millions": told["parameters"] / 1e6,
+            "millions_seen": told["tokens_seen"] / 1e6,
+            "train_tokens_millions": told["train_tokens"] / 1e6,
+            "minutes": told["seconds"] / 60,
+            "ms_per_token": measured["ms_per_token"][name],
+            **{each: "{:.1%} [{:.1%}, {:.1%}]".format(*measured[name][each]) for each in ("acc", "acc_norm")},
         }
     shown = (" ".join(text.split()) for text in measured["samples"])
     gain = {name: [100 * x for x in interval] for name, interval in measured["large_minus_small"].items()}
-    large = told["large"]
-    content = (Path(__file__).parent / "pair_card.md").read_text(encoding="utf-8").format(
-        table=pd.DataFrame(columns).astype(str).to_markdown(disable_numparse=True),
+    content = CARD.read_text(encoding="utf-8").format(
+        **columns,
         samples="\n\n".join(f"**Seed {seed}.** {text}" for seed, text in zip(SAMPLE_SEEDS, shown, strict=True)),
         gain={name: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval) for name, interval in gain.items()},
-        device=large["device"],
-        threads=large["threads"],
-        train_tokens=f"{large['train_tokens'] / 1e6:.2f} million",
-        holdout=large["holdout_stories"],
-        ratio=f"{measured['time_ratio']:.2f}",
+        time_ratio=measured["time_ratio"],
         items=measured["items"],
         temperature=TEMPERATURE,
         sample_tokens=SAMPLE_TOKENS,
-    )  # fmt: skip
+    )
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(content, encoding="utf-8")
     write_json(folder / "measured.json", measured)

@@ -31,6 +31,8 @@ from helpers.training.optimizers import build_optimizers, learning_rate_factor
 from helpers.training.settings import PretrainOptions, TrainingSettings
 from helpers.training.tokenizer import encode_stories, train_tokenizer
 
+CARD = Path(__file__).parent / "cards" / "story_model.md"
+
 
 def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A freshly initialised Llama with tied embeddings."""
@@ -146,15 +148,13 @@ def train(
         done = step + 1
         if done % 50 == 0 or done == last_step:
             seconds = seconds_before + time.perf_counter() - started
-            speed = (done - first_step) * settings.batch * settings.context / (time.perf_counter() - started)
             log.append({"step": done, "loss": f"{np.mean(losses):.4f}", "seconds": f"{seconds:.0f}"})
-            progress.set_postfix(loss=log[-1]["loss"], tokens_per_s=f"{speed:.0f}")
+            progress.set_postfix(loss=log[-1]["loss"])
             losses = []
         if accelerator.is_main_process and (done % checkpoint_every == 0 or done == last_step):
             bare = accelerator.unwrap_model(model)
-            write_table(
-                log_path, pd.DataFrame(log)
-            )  # first: lines beyond the checkpoint are dropped when the run is taken up again
+            # The log first: its lines beyond the checkpoint are dropped when the run is taken up again.
+            write_table(log_path, pd.DataFrame(log))
             save_checkpoint(checkpoint, bare, [o.optimizer for o in optimizers], done, run)
     result = {}
     if last_step == settings.steps and accelerator.is_main_process:
@@ -181,27 +181,9 @@ def train(
 
 def write_training_card(out: Path, result: dict) -> None:
     """Write the model card `out/README.md` from the content of `training.json`."""
-    s = result["settings"]
-    rows = {
-        "architecture": f"Llama, {s['layers']} layers of {s['hidden']}, {s['heads']} query / {s['kv_heads']} key-value "
-        f"heads of {s['head_dim']}, tied embeddings, byte-level BPE",
-        "parameters": f"{result['parameters']:,}",
-        "context": f"{s['context']} tokens",
-        "training text": f"{result['train_tokens']:,} tokens of English stories",
-        "training": f"{s['steps']:,} steps of {s['batch']} sequences, {result['tokens_seen']:,} tokens seen, "
-        f"seed {s['seed']}; Muon {s['muon_lr']} and AdamW {s['adamw_lr']}, warm-up {s['warmup']} steps, "
-        "cosine decay to 0",
-        "held-out bits per byte": f"{result['holdout_bits_per_byte']} ({result['holdout_stories']} stories)",
-        "hardware and time": f"{result['device']}, {result['processes']} process(es) of {result['threads']} threads, "
-        f"{result['seconds'] / 60:.0f} min",
-        "versions": f"torch {result['torch']}, transformers {result['transformers']}",
-        "limits": "simple stories only: no chat, no facts, no other language; objects and names drift",
-        "licence": "that of the project, and of the text it was trained on",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    content = CARD.read_text(encoding="utf-8").format(**result, minutes=result["seconds"] / 60)
     with atomic_path(out / "README.md") as temporary:
-        title = "# A story model trained by `python main.py pretrain`\n\nLoss over the run: `training_log.csv`.\n\n"
-        temporary.write_text(f"{title}| | |\n|---|---|\n{table}\n", encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
 
 
 def pretrain(options: PretrainOptions) -> dict[str, object]:
