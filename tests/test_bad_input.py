@@ -102,11 +102,12 @@ def test_after_a_reset_the_cache_is_as_good_as_new():
         cache.commit(4)
     cache.reset()
     again = filled()
-    for layer, fresh in zip(cache.layers, again.layers, strict=True):
-        cache.update(*fresh.tail(), layer.layer_idx)
+    for layer in range(len(cache.layers)):
+        fresh = again.states(layer)
+        cache.update(fresh.tail_keys, fresh.tail_values, layer)
     cache.commit(4)
     again.commit(4)
-    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(*(c.dense(c.states(i)) for c in (cache, again))))
+    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(*(c.states(i).dense() for c in (cache, again))))
 
 
 def test_a_cache_that_commits_by_itself_finds_it_too(model):
@@ -122,17 +123,17 @@ def test_elsewhere_than_on_the_cpu_one_read_a_block_tells_widths_and_faults():
     """Where reading costs a wait, a verdict travels with the next widths; here the CPU stands in for the device."""
     cache = filled()
     bad, good = torch.tensor(math.nan), torch.tensor(1.0)
-    cache.doubts = [(good, "a", "b"), (bad, "the logits hold NaN", "b")]
+    cache.checks.waiting = [(good, "a", "b"), (bad, "the logits hold NaN", "b")]
     assert cache.stored_bytes() >= 8
     with pytest.raises(ValueError, match="the logits hold NaN"):
         cache.commit(torch.full((2, 8), 4))
-    cache.doubts = [(good, "a", "b")]
+    cache.checks.waiting = [(good, "a", "b")]
     widths = torch.tensor([[2, 4, 8, 16, 2, 4, 8, 16]] * 2)
     cache.commit(widths)
-    assert cache.doubts == []
+    assert cache.checks.waiting == []
     assert torch.equal(cache.token_bits()[:, :8], widths.float())
     with pytest.raises(ValueError, match="infinite"):
-        cache.doubt(torch.tensor(math.inf), "nan", "infinite")
+        cache.checks.expect(torch.tensor(math.inf), "nan", "infinite")
 
 
 class BrokenHead(torch.nn.Module):

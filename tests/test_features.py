@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from helpers.cache.attention.statistics import received_attention
 from helpers.policies.features import TokenFeatures, attention_variance, confidence, entropy
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
@@ -58,11 +57,6 @@ def test_attention_variance_by_hand():
     first = (0.0 + 0.25) / 2  # even: 0; all on one of two keys: 1/2 - 1/4
     second = (1 / 3 - 1 / 9 + 0.0) / 2
     assert attention_variance(weights)[0].tolist() == pytest.approx([first, second], abs=1e-6)
-
-
-def test_received_attention_by_hand():
-    weights = torch.tensor([[[0.2, 0.8]], [[0.5, 0.5]], [[1.0, 0.0]], [[0.4, 0.6]]])  # 4 heads, 1 query, 2 keys
-    assert received_attention(weights, kv_heads=2).tolist() == [pytest.approx([0.7, 1.3]), pytest.approx([1.4, 0.6])]
 
 
 def test_the_caches_attention_variance_is_that_of_the_formula():

@@ -51,7 +51,7 @@ def test_generate_with_every_policy(family, policy, mode, lengths):
         assert len(widths.unique()) > 1
     store = cache.stores[0]
     for stage, bucket in store.buckets.items():
-        held = (bucket.view("token", 0)[:, 0] != 255).sum(-1)
+        held = (bucket.held(0).token[:, 0] != 255).sum(-1)
         assert held.tolist() == (widths[:, :56] == stage.key_bits).sum(-1).tolist()
 
 

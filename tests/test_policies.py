@@ -75,7 +75,7 @@ def test_the_tokens_that_stay_are_the_best_of_their_block_in_each_head():
     assert (demotion.received > 0).all()
     best = scores[:, 0].topk(2).indices  # [L, H, 2]
     bucket = next(b for s, b in cache.stores[0].buckets.items() if s.key_bits == 8 and not s.pending)
-    kept = bucket.positions()[:, 0, :, :2]
+    kept = bucket.held().positions()[:, 0, :, :2]
     assert kept.sort(-1).values.tolist() == best.sort(-1).values.tolist()
 
 
@@ -90,8 +90,8 @@ def test_errors_are_what_the_demotion_changes():
     driver = PolicyDriver(model, cache, Spy(8, (Step(2, 2, keep=0.125),), "random"))
     for _ in score_blocks(model, random_ids(1, 24), cache, driver, 8):
         if cache.committed == 16:  # two blocks are committed at once, the third will settle the first
-            before = [cache.dense(cache.states(i))[0][:, :, :8].clone() for i in range(2)]
-    error = torch.stack([(cache.dense(cache.states(i))[0][:, :, :8] - before[i]).square().sum(-1) for i in range(2)])
+            before = [cache.states(i).dense()[0][:, :, :8].clone() for i in range(2)]
+    error = torch.stack([(cache.states(i).dense()[0][:, :, :8] - before[i]).square().sum(-1) for i in range(2)])
     moved = error > 1e-9
     assert moved.float().mean() == pytest.approx(7 / 8)
     assert len(seen) == 1

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from helpers.cache.accounting import explain_out_of_memory
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.cache.quantization import Widths, width_pair
 from helpers.cache.store import Demotion
 from helpers.models.tokens import check_not_empty
@@ -178,7 +178,7 @@ class PolicyDriver(LogitsProcessor):
                 "has no entropy to choose by; run the model in float32 or bfloat16, or look for the first layer whose "
                 "output is not finite"
             )
-            self.cache.doubt(known.sum(), message, message)
+            self.cache.checks.expect(known.sum(), message, message)
 
     def _settle_ready(self) -> None:
         """Move on the pending blocks that are old enough."""

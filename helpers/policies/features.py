@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from helpers.cache.attention.statistics import row_variance
+from helpers.cache.attention.variance import row_variance
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

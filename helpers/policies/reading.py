@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.cache.accounting import explain_out_of_memory
+from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.models.tokens import check_not_empty
 from helpers.policies.driver import PolicyDriver
 
