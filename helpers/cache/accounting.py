@@ -52,6 +52,10 @@ def explain_out_of_memory(reading: str, *held: tuple[PreTrainedModel, Cache]):
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if isinstance(
+            error.__cause__, torch.OutOfMemoryError
+        ):  # explained inside: out here more is known of the purpose
+            error = error.__cause__
         parts = []
         for model, cache in held:
             weights = sum(p.numel() * p.element_size() for p in model.parameters())

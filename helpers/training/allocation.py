@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from helpers.cache.quantization import WIDTHS
-from helpers.policies.learned import widths_at_price
+from helpers.policies.learned import widths_at_multiplier
 from helpers.policies.network import Network
 
 
@@ -45,7 +45,7 @@ def price_for_average(log_probabilities: torch.Tensor, average: float) -> float:
     low, high = -20.0, 20.0
     for _ in range(60):
         price = (low + high) / 2
-        if widths_at_price(log_probabilities, price).double().mean() > average:
+        if widths_at_multiplier(log_probabilities, price).double().mean() > average:
             low = price
         else:
             high = price
@@ -59,7 +59,7 @@ def rate_table(network: Network, table: pd.DataFrame) -> dict[float, float]:
     rates = {}
     for average in RATES:
         price = price_for_average(log_p, average)
-        reached = widths_at_price(log_p, price).double().mean().item()
+        reached = widths_at_multiplier(log_p, price).double().mean().item()
         if abs(reached - average) < 0.1:
             rates[float(average)] = round(price, 6)
     return rates
@@ -79,7 +79,7 @@ def rate_distortion(
             widths, _ = optimal_bits(costs, average)
         else:
             log_p = torch.tensor(probabilities).clamp(min=1e-12).log()
-            widths = widths_at_price(log_p, price_for_average(log_p, average)).numpy()
+            widths = widths_at_multiplier(log_p, price_for_average(log_p, average)).numpy()
         at = np.searchsorted(WIDTHS, widths)
         blind = np.bincount(at, minlength=len(WIDTHS)) / len(at) @ costs.mean(0)
         rows.append({"bits": widths.mean(), "cost": costs[np.arange(len(at)), at].mean(), "blind": blind})

@@ -25,9 +25,10 @@ from helpers.io.provenance import provenance
 from helpers.io.results import write_json
 from helpers.models.fingerprint import model_fingerprint
 from helpers.models.tokens import check_context
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Policy, policy_for_text
+from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.training.table import COLUMNS, check_training_data
 
@@ -43,15 +44,14 @@ def collect_text(
     unitless, accuracy 1.0 where the next token was the most probable one.
     """
     row = torch.tensor([list(ids)], device=model.device)
-    cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy_for_text(policy, text_id), extra=("entropy", "confidence", "attn_var"))
-    result = decode(model, row, cache, driver, forced=True)
+    cached = _open(model, policy.for_text(text_id), block)
+    result = decode(cached, row, forced=True)
     count = len(ids) - 1
     columns = {
         "entropy": result.features.entropy[0, :count].cpu().double(),
         "rarity": np.asarray(rarity[:count]),
         "attn_var": result.features.attn_var[0, :count].cpu().double(),
-        "kv_bits": driver.widths_so_far()[0, :count].cpu(),
+        "kv_bits": cached.driver.widths_so_far()[0, :count].cpu(),
         "latency": np.asarray(result.latency_ms[:count]),
         "accuracy": result.correct[0].cpu().double(),
         "confidence": result.features.confidence[0, :count].cpu().double(),
@@ -60,6 +60,12 @@ def collect_text(
         "token_id": np.asarray(ids[:count]),
     }
     return pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})[COLUMNS]
+
+
+def _open(model: PreTrainedModel, policy: Policy, block: int) -> CachedModel:
+    """`model` with an empty cache under `policy`, computing what is logged."""
+    cache = PackedKVCache(model.config, block=block)
+    return CachedModel(model, cache, PolicyDriver(model, cache, policy, extra=("entropy", "confidence", "attn_var")))
 
 
 def collect(
@@ -129,9 +135,7 @@ def _finish(
 def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: int) -> None:
     """Run a few steps that are not logged, so that first-use costs do not land in the first rows."""
     row = torch.tensor([list(ids)[: 2 * block]], device=model.device)
-    cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy_for_text(policy, 0), extra=("entropy", "attn_var"))
-    decode(model, row, cache, driver, forced=True)
+    decode(_open(model, policy.for_text(0), block), row, forced=True)
 
 
 def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:

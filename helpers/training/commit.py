@@ -84,12 +84,12 @@ def save_commit(network: Network, folder: str | Path, name: str, table: pd.DataF
 
 
 def commit_tasks(table: pd.DataFrame, price: float) -> dict[str, dict]:
-    """Settings of `controller.train_commit` for the two tasks: "seed" copies the rule, "commit" learns `optimal_bits`.
+    """Settings of `train_commit` for the two tasks: "imitation" copies the rule, "commit" learns `optimal_bits`.
 
     For the latter, cost and quality enter the loss in the proportion of `price`, the lambda of `measure_costs`.
     """
     cost_weight = max(WIDTHS) * price / table[COST_COLUMNS[0]].mean()
     return {
-        "seed": {"features": IMITATION_FEATURES, "label": "kv_bits", "weights": LossWeights()},
+        "imitation": {"features": IMITATION_FEATURES, "label": "kv_bits", "weights": LossWeights()},
         "commit": {"features": COMMIT_FEATURES, "label": "optimal_bits", "weights": LossWeights(1.0, cost_weight, 1.0)},
     }

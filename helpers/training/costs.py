@@ -16,7 +16,7 @@ from helpers.io.atomic import atomic_path
 from helpers.io.provenance import provenance
 from helpers.io.results import write_json
 from helpers.models.fingerprint import model_fingerprint
-from helpers.policies.features import surprisal
+from helpers.policies.features import log_probabilities, surprisal_of
 from helpers.training.allocation import optimal_bits
 from helpers.training.exact import HORIZON, exact_costs
 from helpers.training.states import text_states
@@ -47,7 +47,7 @@ def measure_costs(
         row = torch.tensor([ids], device=model.device)
         logits = model(input_ids=row, cache=cache).logits
         states = text_states(cache)
-        own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
+        own = torch.nn.functional.pad(surprisal_of(log_probabilities(logits[:, :-1]), row[:, 1:]), (1, 0))[0]
         errors = {
             f"{side}_error": states.store.relative_error(x, side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy()
             for side, x in (("key", states.keys), ("value", states.values))

@@ -20,6 +20,7 @@ from helpers.io.results import write_json
 from helpers.models.items import MultipleChoice
 from helpers.models.loading import load_model
 from helpers.models.stories import read_stories, split_holdout
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.training.pretraining import bits_per_byte
 
@@ -57,8 +58,8 @@ def sample_stories(model, tokenizer) -> list[str]:
     start = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
     texts = []
     for seed in SAMPLE_SEEDS:
-        cache = DynamicCache(config=model.config)
-        ids = decode(model, start, cache, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed).token_ids
+        cached = CachedModel(model)
+        ids = decode(cached, start, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed).token_ids
         texts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
     return texts
 

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.store import Demotion
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import TokenFeatures
 from helpers.policies.learned import settle_inputs
-from helpers.policies.reading import score_blocks
 from helpers.policies.schedules import AgeSchedule
 from helpers.training.fisher import head_costs
 
@@ -41,9 +40,9 @@ class SettleExamples:
 class _Recorder(AgeSchedule):
     """Follows its schedule, and notes what is known at each settle."""
 
-    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+    def scores(self, demotion: Demotion) -> torch.Tensor:
         self.seen.append(demotion)
-        return super().scores(demotion, features)
+        return super().scores(demotion)
 
 
 def settle_examples(
@@ -71,9 +70,9 @@ def settle_examples(
             recorder = _Recorder(schedule.commit, schedule.steps, "attention x error")
             object.__setattr__(recorder, "seen", [])
             cache = PackedKVCache(model.config, block=block)
-            driver = PolicyDriver(model, cache, recorder)
+            cached = CachedModel(model, cache, PolicyDriver(model, cache, recorder))
             row = torch.tensor([list(ids)], device=model.device)
-            for _ in score_blocks(model, row, cache, driver, block):
+            for _ in score_blocks(cached, row, block):
                 pass
             for seen in recorder.seen:
                 stop = seen.start + seen.key_error.shape[-1]
