@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from helpers.cache.quantization import WIDTHS
-from helpers.policies.learned import widths_at_price
+from helpers.policies.learned import widths_at_multiplier
 from helpers.policies.network import Network
 
 RATES = tuple(np.arange(2.0, 16.01, 0.25))  # averages that a trained controller is asked for
@@ -59,7 +59,7 @@ def network_bits(log_probabilities: torch.Tensor, average: float) -> tuple[torch
     """`optimal_bits` for the log-probabilities `[T, 4]` of a network; the multiplier may be negative: a bonus."""
 
     def widths_at(multiplier: float) -> torch.Tensor:
-        return widths_at_price(log_probabilities, multiplier).double()
+        return widths_at_multiplier(log_probabilities, multiplier).double()
 
     multiplier = multiplier_for_average(widths_at, average, -20.0, 20.0)
     return widths_at(multiplier), multiplier

@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
 from helpers.evaluation.bootstrap import bootstrap_mean
 from helpers.evaluation.multiple_choice import score_items
@@ -18,6 +17,7 @@ from helpers.io.results import write_json
 from helpers.models.items import MultipleChoice
 from helpers.models.loading import load_model
 from helpers.models.stories import read_stories, split_holdout
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.training.pretraining import bits_per_byte
 
@@ -35,7 +35,7 @@ def time_per_token(models: list, tokens: int = 64, rounds: int = 15) -> list[flo
     for round_ in range(rounds + 2):
         for model, into in zip(models, times, strict=True):
             ids = torch.zeros(1, tokens + STEPS, dtype=torch.long, device=model.device)
-            steps = decode(model, ids, DynamicCache(config=model.config), forced=True).latency_ms[tokens:]
+            steps = decode(CachedModel(model), ids, forced=True).latency_ms[tokens:]
             if round_ >= 2:
                 into += steps
     return [statistics.median(each) for each in times]
@@ -46,8 +46,8 @@ def sample_stories(model, tokenizer) -> list[str]:
     start = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
     texts = []
     for seed in SAMPLE_SEEDS:
-        cache = DynamicCache(config=model.config)
-        ids = decode(model, start, cache, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed).token_ids
+        cached = CachedModel(model)
+        ids = decode(cached, start, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed).token_ids
         texts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
     return texts
 
