@@ -30,12 +30,12 @@ from helpers.gate.study.summaries import compare, speed_against_ideal, summarise
 from helpers.gate.study.sweep import gains_over_random, sweep, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
 from helpers.io.paths import ROOT
-from helpers.models.articles import load_articles, load_paragraphs, read_articles
+from helpers.models.articles import load_articles, load_paragraphs
 from helpers.models.fingerprint import fingerprint
 from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import entropy
+from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
@@ -280,7 +280,7 @@ def test_a_policy_sees_the_same_text_with_rollback_as_without(pair):
         assert driver.token_ids[0].tolist() == text[driver.cache.committed : length]
         assert torch.cat(driver.committed_ids, 1)[0].tolist() == text[: driver.cache.committed]
         logits = driver.model(input_ids=torch.tensor([text[:length]])).logits
-        tail = entropy(logits)[0, driver.cache.committed :]
+        tail = entropy_of(log_probabilities(logits))[0, driver.cache.committed :]
         assert torch.allclose(driver.features.entropy[0], tail, atol=0.05)
     assert made[0].cache.get_seq_length() == len(text) - 1
 
@@ -368,7 +368,7 @@ def test_signals_are_higher_where_the_model_is_less_sure():
     assert math.isnan(entropy_bits(torch.tensor([0.0, math.nan])))
     half = torch.randn(50, dtype=torch.bfloat16)
     assert uncertainty(half).dtype == torch.float32
-    assert uncertainty(half).item() == pytest.approx(entropy(half).item() / math.log(2), rel=1e-5)
+    assert uncertainty(half).item() == pytest.approx(entropy_of(log_probabilities(half)).item() / math.log(2), rel=1e-5)
 
 
 TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
@@ -377,7 +377,8 @@ TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
 def test_calibration_is_the_percentile_of_the_small_models_signal(pair):
     small, _, tokenizer = pair
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    values = np.concatenate([entropy(small(input_ids=torch.tensor([i])).logits[0]).detach() for i in ids]) / np.log(2)
+    log_ps = [log_probabilities(small(input_ids=torch.tensor([i])).logits[0]) for i in ids]
+    values = np.concatenate([entropy_of(log_p).detach() for log_p in log_ps]) / np.log(2)
     for percentile in (10, 50, 90):
         gate = EntropyGate.calibrate(small, tokenizer, TEXTS, percentile=percentile, progress=False)
         assert gate.threshold == pytest.approx(np.percentile(values, percentile), abs=1e-9)
@@ -439,7 +440,7 @@ def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, m
 
 
 def test_bisection_reaches_the_usage_that_calibration_misses(embedded):
-    prompts = [article.article for article in read_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
+    prompts = [article.article for article in load_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
     gate = EntropyGate(2.0)
     corrected = correct_by_bisection(*embedded, prompts, gate, 0.2, 30, tolerance=0.02)
     before, after = (measure_usage(*embedded, prompts, g, 30)[0] for g in (gate, corrected))
@@ -491,7 +492,7 @@ def test_the_trace_has_a_row_a_token(pair):
 
 @pytest.fixture(scope="module")
 def evaluated(embedded):
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
     prompts, references = [each.article for each in articles], [each.highlights for each in articles]
     seen = []
     table = evaluate_gate(
@@ -610,7 +611,7 @@ def test_the_gates_figures_and_explorer(several, pair, tmp_path):
 
 def test_articles_are_cut_to_fit_and_sampled_apart(pair):
     tokenizer = pair[2]
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")
     chosen, others = sample_articles(articles, 5, held_out=6)
     assert len(chosen) == 5
     assert len(others) == 6

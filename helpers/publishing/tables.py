@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from helpers.evaluation.benchmark.bars import CPU_TARGETS, CUDA_TARGETS, check_targets
 from helpers.evaluation.benchmark.results import describe_machine, load_benchmarks, ratio_table
+from helpers.evaluation.benchmark.targets import CPU_TARGETS, CUDA_TARGETS, check_targets
 from helpers.gate.study.parts import parts_against_ideal
 from helpers.io.paths import ROOT
 
@@ -263,7 +263,7 @@ def benchmark_table() -> str:
         lines = [f"Bars set beforehand, {(bars['result'] == 'met').sum()} of {len(bars)} met on {device}:", ""]
         for bar in bars.to_dict("records"):
             known = f" [{bar['low']:.2f}, {bar['high']:.2f}]" if bar["low"] == bar["low"] else ""
-            lines.append(f"* {bar['result']}: {bar['bar']}; measured {bar['measured']:.2f}{known}")
+            lines.append(f"* {bar['result']}: {bar['target']}; measured {bar['measured']:.2f}{known}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
