@@ -1,5 +1,6 @@
 """Results files: written whole or not at all, read with the notebook named that writes them."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -58,3 +59,22 @@ def write_table(
         table.to_csv(temporary, index=index, float_format=float_format)
     if about is not None:
         write_json(Path(path).with_suffix(".json"), about | provenance())
+
+
+def key_hash(key: object) -> str:
+    """A hash of anything that JSON can hold: equal keys, equal hash."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def write_keyed(path: str | Path, key: object, content: dict[str, object]) -> None:
+    """Keep `content`, which took long to find, in the JSON `path`, with a hash of the question that it answers."""
+    write_json(path, {"key": key_hash(key), **content})
+
+
+def read_keyed(path: str | Path, key: object) -> dict[str, object] | None:
+    """What `write_keyed` kept for `key`; None for no file, a damaged one, and one that answers another question."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and content.get("key") == key_hash(key) else None

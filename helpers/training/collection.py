@@ -7,8 +7,6 @@ Collection goes text by text into a partial file beside the result, which a late
 up again; the result itself appears only when it is complete and has passed `check_training_data`.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +19,8 @@ from transformers import PreTrainedModel
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.io.atomic import atomic_path, explain_full_disk
 from helpers.io.processes import from_main, is_main_process, process_count, spread
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
-from helpers.models.fingerprint import model_fingerprint
+from helpers.io.results import key_hash, write_table
+from helpers.models.fingerprint import fingerprint
 from helpers.models.tokens import check_context
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
@@ -85,8 +82,8 @@ def collect(
     counts = TokenCounts()
     rarities = [counts.rarity(ids) for ids in texts]
     partial = path.with_name(f".{path.stem}.partial.csv")
-    fingerprint = _fingerprint(model, texts, policy, block)
-    done = from_main(lambda: _resume(partial, texts, fingerprint))
+    key = key_hash([fingerprint(model), [list(ids) for ids in texts], repr(policy), block])
+    done = from_main(lambda: _resume(partial, texts, key))
     if done < len(texts):
         _warm_up(model, texts[0], policy, block)
     many = TEXTS_A_ROUND * process_count() if process_count() > 1 else 1
@@ -118,10 +115,8 @@ def _finish(
     """Check the complete partial file, make it the result, and write where it came from."""
     result = pd.read_csv(partial, comment="#", names=COLUMNS)
     check_training_data(result)
-    with atomic_path(path) as temporary:
-        result.to_csv(temporary, index=False)
     about = {"texts": len(texts), "rows": len(result), "policy": repr(policy), "block": block, **source}
-    write_json(path.with_suffix(".json"), about | provenance(processes=process_count()))
+    write_table(path, result, about | {"processes": process_count()}, float_format=None)
     partial.unlink()
     return result
 
@@ -134,15 +129,10 @@ def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: 
     decode(model, row, cache, driver, forced=True)
 
 
-def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:
-    content = json.dumps([model_fingerprint(model), [list(t) for t in texts], repr(policy), block])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> int:
+def _resume(partial: Path, texts: Sequence[Sequence[int]], key: str) -> int:
     """How many texts, from the first on, the partial file holds completely; it is cut to these, or begun anew."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    header = f"# {fingerprint}\n"
+    header = f"# {key}\n"
     kept: list[str] = []
     done = 0
     if partial.is_file():
