@@ -13,19 +13,6 @@ from helpers.gate.signals import SIGNALS, Signal
 from helpers.gate.text import LARGE, SMALL, Generated, trace
 
 __all__ = [
-    "LARGE",
-    "SIGNALS",
-    "SMALL",
-    "EntropyGate",
-    "Generated",
-    "OnlineTracker",
-    "Signal",
-    "check_same_tokens",
-    "correct_by_bisection",
-    "end_tokens",
-    "gated_generate",
-    "measure_usage",
-    "prompt_ids",
-    "text_signals",
-    "trace",
-]
+    "LARGE", "SIGNALS", "SMALL", "EntropyGate", "Generated", "OnlineTracker", "Signal", "check_same_tokens",
+    "correct_by_bisection", "end_tokens", "gated_generate", "measure_usage", "prompt_ids", "text_signals", "trace",
+]  # fmt: skip

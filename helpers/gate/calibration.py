@@ -4,8 +4,6 @@ Knows nothing of gates: `EntropyGate.calibrate` is the door. What a model writes
 a gate fires less often than the percentile says; `correction.py` mends that.
 """
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -15,11 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.signals import Signal, find_signal
-from helpers.io.results import write_json
+from helpers.io.results import key_hash, read_keyed, write_keyed
 from helpers.models.fingerprint import fingerprint
 from helpers.models.tokens import context_length, encode
-
-MAX_TOKENS = 512  # of a text that are read
 
 
 def percentile_threshold(
@@ -28,11 +24,15 @@ def percentile_threshold(
     texts: list[str],
     percentile: float,
     signal: str | Signal = "entropy",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = 512,
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> float:
-    """The percentile of the small model's signal over all tokens of `texts`: see `EntropyGate.calibrate`."""
+    """The percentile of the small model's signal over all tokens of `texts`: see `EntropyGate.calibrate`.
+
+    `max_tokens` of each text are read. With `cache_dir` the threshold is kept there and found again for the same
+    model, tokens, percentile and signal.
+    """
     signal = find_signal(signal)
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must lie between 0 and 100, got {percentile}")
@@ -45,13 +45,15 @@ def percentile_threshold(
     if not any(text.strip() for text in texts):
         raise ValueError(f"texts: {len(texts)} given, and none that holds anything to read")
     ids = [encode(tokenizer, text, max_tokens) for text in texts if text.strip()]
-    key = {"model": fingerprint(small), "texts": _hash(ids), "percentile": float(percentile), "signal": signal.name}
-    path = Path(cache_dir) / f"threshold-{_hash(key)[:16]}.json" if cache_dir else None
-    threshold = _cached_threshold(path, key) if path else None
-    if threshold is None:
-        threshold = float(np.percentile(text_signals(small, ids, signal, progress), percentile))
-        if path:
-            write_json(path, key | {"threshold": threshold})
+    if cache_dir is None:
+        return float(np.percentile(text_signals(small, ids, signal, progress), percentile))
+    key = {"model": fingerprint(small), "texts": ids, "percentile": float(percentile), "signal": signal.name}
+    path = Path(cache_dir) / f"threshold-{key_hash(key)[:16]}.json"
+    kept = (read_keyed(path, key) or {}).get("threshold")
+    if isinstance(kept, float) and math.isfinite(kept):
+        return kept
+    threshold = float(np.percentile(text_signals(small, ids, signal, progress), percentile))
+    write_keyed(path, key, {"threshold": threshold})
     return threshold
 
 
@@ -71,19 +73,3 @@ def text_signals(
             "texts: run the model in float32 or bfloat16"
         )
     return signals
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _cached_threshold(path: Path, key: dict[str, object]) -> float | None:
-    """The threshold kept for `key`; None where there is none, or a file that was damaged or is of something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict) or {name: content.get(name) for name in key} != key:
-        return None
-    threshold = content.get("threshold")
-    return threshold if isinstance(threshold, float) and math.isfinite(threshold) else None

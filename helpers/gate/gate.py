@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.gate.calibration import MAX_TOKENS, percentile_threshold
+from helpers.gate.calibration import percentile_threshold
 from helpers.gate.signals import Signal, find_signal
 
 
@@ -39,7 +38,9 @@ class EntropyGate:
         if self.rollback is not None and not self.rollback >= 0:
             raise ValueError(f"rollback must be a number of bits, 0 or more, got {self.rollback}")
         if self.rollback is not None and self.signal.needs_large:
-            raise ValueError(f"rollback has nothing to take back where signal is {self.signal}: the large model reads all")
+            raise ValueError(
+                f"rollback has nothing to take back where signal is {self.signal}: the large model reads all"
+            )
 
     def fires(self, value: float) -> bool:
         """Whether the large model is to write the token for which the signal has this value."""
@@ -55,25 +56,20 @@ class EntropyGate:
         signal: str | Signal = "entropy",
         target_usage: float | None = None,
         rollback: float | None = None,
-        max_tokens: int = MAX_TOKENS,
-        cache_dir: str | Path | None = None,
-        progress: bool = True,
+        **reading,
     ) -> "EntropyGate":
         """A gate at a percentile of the small model's signal over all tokens of `texts`.
 
         Percentile p fires on the most uncertain (100 - p)% of the tokens of such text; `target_usage` u stands for
         the percentile 100 (1 - u). 0 fires always and 100 never, whatever the text. The "random" signal needs no
-        text. `max_tokens` of each text are read. With `cache_dir` the threshold is kept there and found again for the
-        same model, tokens, percentile and signal.
+        text. `reading`: `max_tokens`, `cache_dir` and `progress` of `percentile_threshold`.
 
         Raises `ValueError` for a percentile outside 0-100, for no or only empty texts, and for the oracle, whose
         threshold is no percentile of text.
         """
         if target_usage is not None:
             percentile = 100 * (1 - check_usage(target_usage))
-        threshold = percentile_threshold(
-            small, tokenizer, texts, percentile, signal, max_tokens, cache_dir, progress
-        )
+        threshold = percentile_threshold(small, tokenizer, texts, percentile, signal, **reading)
         return cls(threshold, signal, rollback)
 
 

@@ -14,13 +14,14 @@ import math
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from helpers.gate.gate import EntropyGate
 from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
 from helpers.gate.reading import CacheFactory, TextReader
 from helpers.gate.signals import random_stream
 from helpers.gate.text import LARGE, SMALL, Generated
-from helpers.gate.writing import Sampler, Streamer, TokenStream
+from helpers.gate.writing import Sampler, TokenStream
 from helpers.policies.decoding import synchronise
 
 
@@ -36,7 +37,7 @@ def gated_generate(
     large_tokenizer: PreTrainedTokenizerBase | None = None,
     small_cache: CacheFactory | None = None,
     large_cache: CacheFactory | None = None,
-    streamer: Streamer | None = None,
+    streamer: BaseStreamer | None = None,
     stop_at_end: bool = True,
 ) -> Generated:
     """Go on from `prompt`: the small model writes, the large one where the gate fires.

@@ -40,7 +40,7 @@ class TextReader(CachedModel):
         return len(self.prompt) + len(written) - self.length
 
     def catch_up(self, written: list[int], keep: int = 1) -> torch.Tensor:
-        """Read all that is new of prompt and `written`; the predictions after its last `keep` tokens, `[keep, vocabulary]`."""
+        """Read what is new of prompt and `written`; predictions after its last `keep` tokens, `[keep, vocabulary]`."""
         start = self.length - len(self.prompt)
         new = written[start:] if start >= 0 else self.prompt[start:] + written
         return self.read(torch.tensor([new], device=self.device), keep)[0]

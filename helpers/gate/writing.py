@@ -2,17 +2,9 @@
 
 import math
 import time
-from typing import Protocol
 
 import torch
-
-
-class Streamer(Protocol):
-    """What `generate()` streams to as well, such as `transformers.TextStreamer`."""
-
-    def put(self, value: torch.Tensor) -> None: ...
-
-    def end(self) -> None: ...
+from transformers.generation.streamers import BaseStreamer
 
 
 class Sampler:
@@ -33,7 +25,7 @@ class Sampler:
 class TokenStream:
     """Hands tokens to the streamer once they cannot be taken back; the seconds until the first, from its making on."""
 
-    def __init__(self, streamer: Streamer | None, prompt: list[int]):
+    def __init__(self, streamer: BaseStreamer | None, prompt: list[int]):
         self.streamer, self.shown, self.started, self.first_seconds = streamer, 0, time.perf_counter(), 0.0
         if streamer is not None:
             streamer.put(torch.tensor([prompt]))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers.gate.prompts import end_tokens, prompt_ids
 from helpers.gate.reading import TextReader
 from helpers.gate.text import LARGE, Generated
-from helpers.gate.writing import Sampler, Streamer, TokenStream
+from helpers.gate.writing import Sampler, TokenStream
 from helpers.policies.decoding import synchronise
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]  # small, large, and their shared tokenizer
@@ -25,20 +26,18 @@ def plain_generate(
     seed: int = 0,
     use_cache: bool = True,
     author: str = LARGE,
-    streamer: Streamer | None = None,
-    stop_at_end: bool = True,
     ends: set[int] | None = None,
 ) -> Generated:
     """One model alone, in the same loop as `gated_generate`: the baselines, with a cache and (naive) without.
 
-    `ends` are the token ids that end the text, by default the model's own.
+    `ends` are the token ids that end the text, by default the model's own; none where it is empty.
     """
     choose = Sampler(temperature, seed)
     reader = TextReader(model, author, prompt_ids(tokenizer, prompt), max_new_tokens, None)
-    ends = (end_tokens(model) if ends is None else ends) if stop_at_end else set()
+    ends = end_tokens(model) if ends is None else ends
     written: list[int] = []
     synchronise(model.device)
-    stream = TokenStream(streamer, reader.prompt)
+    stream = TokenStream(None, reader.prompt)
     while len(written) < max_new_tokens and not (written and written[-1] in ends):
         if use_cache:
             logits = reader.catch_up(written)
@@ -47,21 +46,7 @@ def plain_generate(
             logits = model(input_ids=given, use_cache=False, logits_to_keep=1).logits[0]
         written.append(choose(logits[0]))
         stream.show(written)
-    seconds = stream.seconds
-    stream.end()
-    return _ungated(tokenizer, written, author, seconds, stream.first_seconds)
-
-
-class _Clock:
-    """A streamer that notes when the prompt and each new token came."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None: ...
+    return _ungated(tokenizer, written, author, stream.seconds, stream.first_seconds)
 
 
 @torch.no_grad()
@@ -75,7 +60,8 @@ def assisted_generate(
 ) -> Generated:
     """transformers' assisted generation (greedy): the small model drafts, the large one checks every token."""
     ids = prompt_ids(tokenizer, prompt)
-    given, clock = torch.tensor([ids], device=large.device), _Clock()
+    given, times = torch.tensor([ids], device=large.device), []
+    clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     least = {} if stop_at_end else {"min_new_tokens": max_new_tokens}
     synchronise(large.device)
     started = time.perf_counter()
@@ -91,7 +77,8 @@ def assisted_generate(
     )
     written = output[0, len(ids) :].tolist()
     seconds = time.perf_counter() - started
-    return _ungated(tokenizer, written, LARGE, seconds, clock.times[1] - started if len(clock.times) > 1 else seconds)
+    first = times[1] - started if len(times) > 1 else seconds  # the first of all is the prompt's
+    return _ungated(tokenizer, written, LARGE, seconds, first)
 
 
 def _ungated(

@@ -1,8 +1,7 @@
 """The gate with packed caches under its large model."""
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers import PreTrainedTokenizerBase
 
 from helpers.cache.accounting import live_bytes
 from helpers.evaluation.rouge import Rouge
@@ -33,17 +32,12 @@ def evaluate_large_caches(
     settings = {"max_new_tokens": max_new_tokens, "large_tokenizer": large_tokenizer}
     rows = []
     for i, prompt in enumerate(prompts):
-        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=end_tokens(small, large)).text
+        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=end_tokens(small, large))
         for name, factory in caches.items():
-            made: list[Cache | PolicyDriver] = []
-
-            def keep(model: PreTrainedModel, factory=factory, made=made) -> Cache | PolicyDriver:
-                made.append(factory(model))
-                return made[-1]
-
-            result = gated_generate(small, large, tokenizer, prompt, gate, large_cache=keep, **settings)
-            cache = made[0].cache if isinstance(made[0], PolicyDriver) else made[0]
+            made = factory(large)
+            result = gated_generate(*pair, prompt, gate, large_cache=lambda model, made=made: made, **settings)
+            cache = made.cache if isinstance(made, PolicyDriver) else made
             row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
-            row |= {"fidelity": fidelity([result.text], alone, rouge)[0]}
-            rows.append(row | {"cache_tokens": cache.get_seq_length(), "live_bytes": live_bytes(cache)})
+            row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "cache_tokens": cache.get_seq_length()}
+            rows.append(row | {"live_bytes": live_bytes(cache)})
     return pd.DataFrame(rows)

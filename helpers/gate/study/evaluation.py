@@ -76,7 +76,7 @@ def _runs(
 ) -> dict[str, Callable[..., Generated]]:
     """By name, what writes a text when called with `prompt` and `max_new_tokens`."""
     small, large, tokenizer = pair
-    plain = partial(plain_generate, stop_at_end=stop_at_end, ends=end_tokens(small, large))
+    plain = partial(plain_generate, ends=end_tokens(small, large) if stop_at_end else set())
     gated = partial(gated_generate, *pair, large_tokenizer=large_tokenizer, stop_at_end=stop_at_end)
     groups = {
         GATED: {name: partial(gated, gate=gate) for name, gate in gates.items()},

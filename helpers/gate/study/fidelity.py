@@ -37,24 +37,21 @@ REST = 20  # words that a story must have beyond a cut
 class FidelitySettings:
     """Which prompts and which gates."""
 
-    signals: tuple[str, ...] = ("entropy", "max_prob", "margin", "rollback", "oracle")
-    """names of signals; "rollback" is entropy with a rollback"""
-    usages: tuple[float, ...] = (0.1, 0.2, 0.3)
-    """shares of the tokens that the large model is to write"""
-    at: float = 0.2
-    """the usage at which signals are compared"""
-    cuts: tuple[int, ...] = (30, 60, 90)
-    """words after which stories are cut"""
-    random_seeds: int = 5
-    """seeds of the random control"""
-    rollback: float = 6.0
-    """surprisal in bits above which the signal "rollback" takes tokens back"""
-    stories: int = 57
-    """stories of each split at most"""
-    max_new_tokens: int = 50
-    """tokens written on each prompt"""
-    seed: int = 0
-    """of the choice of stories"""
+    signals: tuple[str, ...] = (
+        "entropy",
+        "max_prob",
+        "margin",
+        "rollback",
+        "oracle",
+    )  # names of signals; "rollback" is entropy with a rollback
+    usages: tuple[float, ...] = (0.1, 0.2, 0.3)  # shares of the tokens that the large model is to write
+    at: float = 0.2  # the usage at which signals are compared
+    cuts: tuple[int, ...] = (30, 60, 90)  # words after which stories are cut
+    random_seeds: int = 5  # seeds of the random control
+    rollback: float = 6.0  # surprisal in bits above which the signal "rollback" takes tokens back
+    stories: int = 57  # stories of each split at most
+    max_new_tokens: int = 50  # tokens written on each prompt
+    seed: int = 0  # of the choice of stories
 
     def __post_init__(self):
         if self.at not in self.usages:
@@ -77,9 +74,7 @@ def cut_stories(stories: list[str], cuts: tuple[int, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fidelity_gates(
-    pair: Pair, prompts: list[str], settings: FidelitySettings, **generation
-) -> dict[str, EntropyGate]:
+def fidelity_gates(pair: Pair, prompts: list[str], settings: FidelitySettings, **generation) -> dict[str, EntropyGate]:
     """Gates of every signal at every usage, tuned on `prompts`, by the name "signal usage"; random ones by seed too."""
     gates, tokens = {}, settings.max_new_tokens
     for usage in settings.usages:

@@ -52,11 +52,11 @@ def time_parts(
     forward over one token alone, so that `large_later` is about usage x (1 + e).
     """
     small, large, tokenizer = pair
-    settings = {"max_new_tokens": max_new_tokens, "stop_at_end": False}
+    plain = partial(plain_generate, max_new_tokens=max_new_tokens, ends=set())
     runs = {
-        GATED: partial(gated_generate, *pair, gate=gate, **settings),
-        LARGE: partial(plain_generate, large, tokenizer, **settings),
-        SMALL: partial(plain_generate, small, tokenizer, author=SMALL, **settings),
+        GATED: partial(gated_generate, *pair, gate=gate, max_new_tokens=max_new_tokens, stop_at_end=False),
+        LARGE: partial(plain, large, tokenizer),
+        SMALL: partial(plain, small, tokenizer, author=SMALL),
     }
     rows = []
     for i, prompt in enumerate(prompts):
