@@ -124,7 +124,7 @@ class Training:
 
     @staticmethod
     def _load(folder: Path) -> dict:
-        loaded = {name: LearnedController.load(folder, name) for name in ("seed", "commit", "settle")}
+        loaded = {name: LearnedController.load(folder, name) for name in ("imitation", "commit", "settle")}
         return {
             name: ((each.commit_net or each.settle_net).layers.state_dict(), each.rates, each.start_counts)
             for name, each in loaded.items()

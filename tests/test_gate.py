@@ -30,7 +30,7 @@ from helpers.gate.study.summaries import compare, speed_against_ideal, summarise
 from helpers.gate.study.sweep import gains_over_random, sweep, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
 from helpers.io.paths import ROOT
-from helpers.models.articles import load_articles, load_paragraphs, read_articles
+from helpers.models.articles import load_articles, load_paragraphs
 from helpers.models.fingerprint import fingerprint
 from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
@@ -439,7 +439,7 @@ def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, m
 
 
 def test_bisection_reaches_the_usage_that_calibration_misses(embedded):
-    prompts = [article.article for article in read_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
+    prompts = [article.article for article in load_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
     gate = EntropyGate(2.0)
     corrected = correct_by_bisection(*embedded, prompts, gate, 0.2, 30, tolerance=0.02)
     before, after = (measure_usage(*embedded, prompts, g, 30)[0] for g in (gate, corrected))
@@ -491,7 +491,7 @@ def test_the_trace_has_a_row_a_token(pair):
 
 @pytest.fixture(scope="module")
 def evaluated(embedded):
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
     prompts, references = [each.article for each in articles], [each.highlights for each in articles]
     seen = []
     table = evaluate_gate(
@@ -610,7 +610,7 @@ def test_the_gates_figures_and_explorer(several, pair, tmp_path):
 
 def test_articles_are_cut_to_fit_and_sampled_apart(pair):
     tokenizer = pair[2]
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")
     chosen, others = sample_articles(articles, 5, held_out=6)
     assert len(chosen) == 5
     assert len(others) == 6

@@ -1,4 +1,4 @@
-"""From texts to token ids, and whether they fit a model's context."""
+"""From texts to token ids, and the checks on them: that there are any, and that they fit a model's context."""
 
 from collections.abc import Iterable
 
@@ -28,11 +28,12 @@ def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0) 
 
 
 def pack_tokens(token_ids: Iterable[list[int]], length: int) -> list[list[int]]:
-    """Concatenate token lists and cut them into rows of exactly `length`; the rest that fills no row is dropped."""
+    """Concatenate token lists and cut them into sequences of exactly `length`; what is left over is dropped."""
     flat = [token for ids in token_ids for token in ids]
     return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
 
 
 def check_not_empty(input_ids: torch.Tensor) -> None:
+    """Raise `ValueError` where there is no token."""
     if not input_ids.numel():
         raise ValueError("input_ids holds no token: there is nothing to read")
