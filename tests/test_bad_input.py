@@ -16,7 +16,6 @@ from test_gate import PROMPTS, TEXTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from helpers.cache.kv_cache import PackedKVCache
-from helpers.gate.calibration import calibrate
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
 from helpers.policies.decoding import decode
@@ -183,7 +182,7 @@ def test_the_gate_names_logits_that_are_no_numbers(pair, value):
     with pytest.raises(
         ValueError, match=r"logits hold NaN or infinity after \d+ of \d+ tokens of the calibration texts"
     ):
-        calibrate(broken, tokenizer, TEXTS, progress=False)
+        EntropyGate.calibrate(broken, tokenizer, TEXTS, progress=False)
 
 
 # Texts

@@ -20,7 +20,7 @@ from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from test_gate import TEXTS, make_model, make_tokenizer
 
-from helpers.gate.calibration import calibrate
+from helpers.gate.gate import EntropyGate
 from helpers.io.atomic import inside
 from helpers.io.paths import ROOT
 from helpers.models import hub
@@ -200,11 +200,11 @@ def test_names_of_thresholds_and_downloads_are_made_of_hashes_and_plain_signs(tm
     small = make_model(tokenizer, 0)
     small.config._name_or_path = "../../elsewhere"
     small.config.note = "../../../etc/passwd"
-    calibrate(small, tokenizer, ["../../x " * 3, *TEXTS], cache_dir=tmp_path / "cache", progress=False)
+    EntropyGate.calibrate(small, tokenizer, ["../../x " * 3, *TEXTS], cache_dir=tmp_path / "cache", progress=False)
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["cache"]
     assert re.fullmatch(r"threshold-[0-9a-f]{16}\.json", next((tmp_path / "cache").iterdir()).name)
     with pytest.raises(ValueError, match="signal must be one of"):
-        calibrate(small, tokenizer, TEXTS, signal="../x", cache_dir=tmp_path / "other")
+        EntropyGate.calibrate(small, tokenizer, TEXTS, signal="../x", cache_dir=tmp_path / "other")
     assert hub._bytes_here("model", "../../../../../../usr") == 0
     with pytest.raises(hub.HubError, match="neither a folder here nor the name of a hub repository"):
         hub.fetch_model("../../no/such/folder")
@@ -213,12 +213,12 @@ def test_names_of_thresholds_and_downloads_are_made_of_hashes_and_plain_signs(tm
 def test_a_threshold_file_that_was_tampered_with_is_not_believed(tmp_path):
     tokenizer = make_tokenizer()
     small = make_model(tokenizer, 0)
-    gate = calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False)
+    gate = EntropyGate.calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False)
     (path,) = tmp_path.iterdir()
     sound = path.read_text()
     for content in ("[" * 100000, sound.replace('"threshold": ', '"threshold": "x", "t": '), "", "null", "{}", "\0"):
         path.write_text(content)
-        assert calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False) == gate
+        assert EntropyGate.calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False) == gate
         assert path.read_text() == sound
 
 

@@ -16,14 +16,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None
     return tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
 
 
-def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0) -> None:
-    """Raise `ValueError` where a text and what is to be written do not fit into the context of `model`."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens `model` can read, None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def check_context(model: PreTrainedModel, tokens: int, max_new_tokens: int = 0, name: str | None = None) -> None:
+    """Raise `ValueError` where a text and what is to be written do not fit into the context of `model`.
+
+    The message calls it the `name` model, by default by its type.
+    """
+    limit = context_length(model)
     if limit is not None and tokens + max_new_tokens > limit:
         written = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
         raise ValueError(
-            f"a text of {tokens} tokens{written} does not fit into the context of this {model.config.model_type} model "
-            f"({limit} tokens): cut it"
+            f"a text of {tokens} tokens{written} does not fit into the context of "
+            f"{f'the {name}' if name else f'this {model.config.model_type}'} model ({limit} tokens): cut it"
         )
 
 
