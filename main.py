@@ -20,7 +20,7 @@ COMMANDS = {
     "gate": ("helpers.gate.study.commands:gate", "compare entropy-gated generation with its baselines (Part 5)"),
     "gate-fidelity": ("helpers.gate.study.commands:gate_fidelity", "what every signal is worth over random calls"),
     "gate-bench": ("helpers.gate.study.commands:gate_bench", "speed of the gate with models of real sizes"),
-    "pretrain": ("helpers.training.commands:pretrain", "train a story model, as the embedded ones were"),
+    "pretrain": ("helpers.training.pretraining:pretrain", "train a story model, as the embedded ones were"),
 }
 SHARED_COMMANDS = ("collect", "compare", "pretrain")  # whose work `accelerate launch` or `torchrun` can spread
 OPTIONS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

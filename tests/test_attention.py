@@ -16,9 +16,9 @@ from conftest import random_ids, tiny_model
 from transformers import LlamaConfig
 
 import helpers.cache.attention.dispatch as attention
-from helpers.cache.bucket import EMPTY
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.layer import PackedStates
+from helpers.cache.tokens import EMPTY
 from helpers.io.paths import ROOT
 
 GPU = torch.cuda.is_available()
@@ -152,7 +152,7 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates,
     if case.settle:
         target, blocks, keep = case.settle
         chosen = numbers(2, case.rows, case.kv_heads, blocks * case.block)
-        cache.settle(case.bits, target, blocks, keep, chosen if keep else None)
+        cache.settle(case.bits, target, blocks, keep, (lambda demotion: chosen) if keep else None)
     if case.then:
         feed(2 * case.block)
         commit(case.then)
@@ -173,10 +173,9 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates,
 
 def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor | None, scaling: float):
     """Attention `[B, H, G, Q, tokens]` over the dequantized tokens in text order, and their values, in float64."""
-    keys, values = (
-        torch.cat([states.store.dense(side, states.layer, states.cache.committed).double(), tail.double()], 2)
-        for side, tail in (("key", states.tail_keys), ("value", states.tail_values))
-    )
+    committed = states.store.dense(states.layer, states.cache.committed)
+    tails = states.tail_keys, states.tail_values
+    keys, values = (torch.cat([x.double(), tail.double()], 2) for x, tail in zip(committed, tails, strict=True))
     scores = query.double().unflatten(1, (keys.shape[1], -1)) @ keys[:, :, None].mT * scaling
     queries, length = scores.shape[-2:]
     at = torch.arange(length, device=query.device)
@@ -187,7 +186,7 @@ def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor 
 
 
 def received_of(states: PackedStates) -> list[torch.Tensor]:
-    return [b.view("received", states.layer).double() for b in states.buckets if "received" in b.fields]
+    return [b.held(states.layer).received.double() for b in states.buckets if b.buffers.received is not None]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -212,13 +211,14 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
 
     assert bool(before) == case.pending
     share = weights.sum((2, 3))  # [B, H, tokens]
-    for bucket, was, now in zip((b for b in states.buckets if "received" in b.fields), before, received_of(states)):
-        at = bucket.positions(states.layer).clamp(max=share.shape[-1] - 1)
-        empty = bucket.view("token", states.layer) == EMPTY
+    recorded = [b for b in states.buckets if b.buffers.received is not None]
+    for bucket, was, now in zip(recorded, before, received_of(states), strict=True):
+        at = bucket.held(states.layer).positions().clamp(max=share.shape[-1] - 1)
+        empty = bucket.held(states.layer).token == EMPTY
         added = share.gather(-1, at).masked_fill(empty, 0.0)
         assert added.sum() > 0
         assert torch.allclose(now, was + added, rtol=1e-3, atol=1e-4)  # kept in half precision
-        assert (bucket.view("received", 0) == 0).all()  # the other layer's
+        assert (bucket.held(0).received == 0).all()  # the other layer's
 
 
 def test_cases_hold_what_they_are_for():

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.policy import Step
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.training.collection import collect
 from helpers.training.table import COLUMNS, read_training_data
@@ -101,11 +101,12 @@ def test_after_a_reset_the_cache_is_as_good_as_new():
         cache.commit(4)
     cache.reset()
     again = filled()
-    for layer, fresh in zip(cache.layers, again.layers, strict=True):
-        cache.update(*fresh.tail(), layer.layer_idx)
+    for layer in range(len(cache.layers)):
+        fresh = again.states(layer)
+        cache.update(fresh.tail_keys, fresh.tail_values, layer)
     cache.commit(4)
     again.commit(4)
-    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(*(c.dense(c.states(i)) for c in (cache, again))))
+    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(*(c.states(i).dense() for c in (cache, again))))
 
 
 def test_a_cache_that_commits_by_itself_finds_it_too(model):
@@ -121,17 +122,17 @@ def test_elsewhere_than_on_the_cpu_one_read_a_block_tells_widths_and_faults():
     """Where reading costs a wait, a verdict travels with the next widths; here the CPU stands in for the device."""
     cache = filled()
     bad, good = torch.tensor(math.nan), torch.tensor(1.0)
-    cache.doubts = [(good, "a", "b"), (bad, "the logits hold NaN", "b")]
+    cache.checks.waiting = [(good, "a", "b"), (bad, "the logits hold NaN", "b")]
     assert cache.stored_bytes() >= 8
     with pytest.raises(ValueError, match="the logits hold NaN"):
         cache.commit(torch.full((2, 8), 4))
-    cache.doubts = [(good, "a", "b")]
+    cache.checks.waiting = [(good, "a", "b")]
     widths = torch.tensor([[2, 4, 8, 16, 2, 4, 8, 16]] * 2)
     cache.commit(widths)
-    assert cache.doubts == []
+    assert cache.checks.waiting == []
     assert torch.equal(cache.token_bits()[:, :8], widths.float())
     with pytest.raises(ValueError, match="infinite"):
-        cache.doubt(torch.tensor(math.inf), "nan", "infinite")
+        cache.checks.expect(torch.tensor(math.inf), "nan", "infinite")
 
 
 class BrokenHead(torch.nn.Module):
@@ -161,7 +162,7 @@ def test_logits_that_are_no_numbers_stop_a_policy_that_reads_them(value):
     driver = PolicyDriver(model, cache, RULE)
     message = r"logits of tokens 16 to 23 hold NaN or infinity: 'rule-based dynamic' has no entropy to choose by"
     with pytest.raises(ValueError, match=message):
-        list(score_blocks(model, random_ids(2, 40), cache, driver, 8))
+        list(score_blocks(CachedModel(model, cache, driver), random_ids(2, 40), 8))
     assert cache.committed == 16
 
 
@@ -191,7 +192,7 @@ def test_the_gate_names_logits_that_are_no_numbers(pair, value):
 def test_texts_beyond_the_context_are_refused_before_anything_is_computed(model, tmp_path):
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match=r"a text of 500 tokens and max_new_tokens=13 does not fit .* \(512 tokens\)"):
-        decode(model, random_ids(1, 500), cache, max_new_tokens=13)
+        decode(CachedModel(model, cache), random_ids(1, 500), max_new_tokens=13)
     assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match=r"a text of 513 tokens does not fit into the context of this llama model"):
         collect(model, [[3] * 40, [3] * 513], tmp_path / "t.csv", RULE)
@@ -214,12 +215,12 @@ def test_a_text_without_tokens_is_refused(model):
     empty = torch.zeros(1, 0, dtype=torch.long)
     for settings in ({"forced": True}, {"max_new_tokens": 3}):
         with pytest.raises(ValueError, match="input_ids holds no token"):
-            decode(model, empty, DynamicCache(config=model.config), **settings)
+            decode(CachedModel(model), empty, **settings)
     cache = PackedKVCache(model.config)
     with pytest.raises(ValueError, match="input_ids holds no token"):
         PolicyDriver(model, cache, RULE).prefill({"input_ids": empty})
     with pytest.raises(ValueError, match="input_ids holds no token"):
-        next(score_blocks(model, empty, cache))
+        next(score_blocks(CachedModel(model, cache), empty))
 
 
 # Settings
@@ -311,7 +312,7 @@ def test_what_a_policy_may_not_say(model, said):
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, policy)
     with pytest.raises(ValueError, match=SAID.get(said, r"bits must be one of \(2, 4, 8, 16\), got")):
-        list(score_blocks(model, random_ids(2, 24), cache, driver, 16))
+        list(score_blocks(CachedModel(model, cache, driver), random_ids(2, 24), 16))
     assert cache.committed == 0
 
 

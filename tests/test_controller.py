@@ -11,14 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.store import Demotion
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import TokenFeatures
-from helpers.policies.learned import COMMIT_FEATURES, IMITATION_FEATURES, LearnedController, settle_inputs
+from helpers.policies.learned import (
+    COMMIT_FEATURES,
+    IMITATION_FEATURES,
+    LearnedController,
+    LearnedSchedule,
+    LearnedWidths,
+    settle_inputs,
+)
 from helpers.policies.network import Network
 from helpers.policies.policy import Step
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import EntropyRule
-from helpers.policies.schedules import QUALITY_SCHEDULE
 from helpers.training.allocation import rate_distortion
 from helpers.training.commit import LossWeights, commit_loss, save_commit, train_commit
 from helpers.training.controllers import write_controller_card
@@ -63,7 +69,7 @@ def settling(blocks: int, block: int = 8):
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, 1, blocks * block)
     received, key, value = (torch.rand(shape, generator=generator).exp().sub(0.9) for _ in range(3))
-    inputs = settle_inputs(Demotion([0], 0, block, key, value, received))[0, 0, 0].unflatten(0, (blocks, block))
+    inputs = settle_inputs(Demotion(0, block, key, value, received))[0, 0, 0].unflatten(0, (blocks, block))
     noise = torch.randn(2, blocks, block, generator=generator).square().mean(0)
     damage = (received * value)[0, 0, 0].unflatten(0, (blocks, block)) * noise
     return inputs, damage, np.repeat(np.arange(10), blocks // 10)
@@ -205,14 +211,14 @@ def test_commit_controller_in_a_driver(folder):
     assert set(controller.needs) == set(COMMIT_FEATURES)
     seen = []
 
-    class Spy(LearnedController):
+    class Spy(LearnedWidths):
         def widths(self, features, batch, tokens):
             seen.append(features)
             return super().widths(features, batch, tokens)
 
     cache = PackedKVCache(model.config, block=8)
-    driver = PolicyDriver(model, cache, Spy(commit_net=controller.commit_net))
-    for _ in score_blocks(model, ids, cache, driver, 8):
+    driver = PolicyDriver(model, cache, Spy(controller.network))
+    for _ in score_blocks(CachedModel(model, cache, driver), ids, 8):
         pass
     committed = torch.cat(driver.chosen, 1)
     assert committed.shape == (2, 56)
@@ -233,7 +239,7 @@ def test_settle_controller_in_a_driver(folder):
     assert controller.name == "8-4-2 @2,4, best 25% by learned score"
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, controller)
-    for _ in score_blocks(model, ids, cache, driver, 8):
+    for _ in score_blocks(CachedModel(model, cache, driver), ids, 8):
         pass
     assert cache.token_bits()[:, :48].mean().item() == pytest.approx(2.5)
     out = model.generate(  # it reads no logits, so that a plain generate() is enough
@@ -244,14 +250,13 @@ def test_settle_controller_in_a_driver(folder):
     assert fresh.code_bits() < 8
 
 
-def test_controllers_without_what_they_need_are_refused(folder):
-    with pytest.raises(ValueError, match="needs a commit network, or steps"):
-        LearnedController()
-    with pytest.raises(ValueError, match="steps that keep tokens need a settle network"):
-        LearnedController(steps=QUALITY_SCHEDULE[1])
-    commit_net = LearnedController.load(folder, "imitation").commit_net
-    with pytest.raises(ValueError, match="a commit network and steps exclude each other"):
-        LearnedController(commit_net, steps=(Step(2, 4),))
+def test_the_two_kinds_of_controllers_and_their_old_name(folder):
+    assert isinstance(LearnedController.load(folder), LearnedSchedule)
+    assert isinstance(LearnedController.load(folder, "imitation"), LearnedWidths)
+    with pytest.raises(ValueError, match="a schedule needs one step or more"):
+        LearnedController.load(folder, steps=())
+    with pytest.raises(ValueError, match="'seed' is now called 'imitation'"):
+        LearnedController.load(folder, "seed")
 
 
 def test_rate_distortion_of_blind_and_knowing_widths(table):

@@ -36,7 +36,7 @@ from helpers.models.fingerprint import fingerprint
 from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import entropy
+from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
@@ -281,7 +281,7 @@ def test_a_policy_sees_the_same_text_with_rollback_as_without(pair):
         assert driver.token_ids[0].tolist() == text[driver.cache.committed : length]
         assert torch.cat(driver.committed_ids, 1)[0].tolist() == text[: driver.cache.committed]
         logits = driver.model(input_ids=torch.tensor([text[:length]])).logits
-        tail = entropy(logits)[0, driver.cache.committed :]
+        tail = entropy_of(log_probabilities(logits))[0, driver.cache.committed :]
         assert torch.allclose(driver.features.entropy[0], tail, atol=0.05)
     assert made[0].cache.get_seq_length() == len(text) - 1
 
@@ -370,7 +370,8 @@ def test_signals_are_higher_where_the_model_is_less_sure():
     assert math.isnan(entropy_bits.value(torch.tensor([0.0, math.nan])))
     half = torch.randn(50, dtype=torch.bfloat16)
     assert entropy_bits.of(half).dtype == torch.float32
-    assert entropy_bits.of(half).item() == pytest.approx(entropy(half).item() / math.log(2), rel=1e-5)
+    nats = entropy_of(log_probabilities(half)).item()
+    assert entropy_bits.of(half).item() == pytest.approx(nats / math.log(2), rel=1e-5)
 
 
 TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
@@ -379,7 +380,8 @@ TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
 def test_calibration_is_the_percentile_of_the_small_models_signal(pair):
     small, _, tokenizer = pair
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    values = np.concatenate([entropy(small(input_ids=torch.tensor([i])).logits[0]).detach() for i in ids]) / np.log(2)
+    log_ps = [log_probabilities(small(input_ids=torch.tensor([i])).logits[0]) for i in ids]
+    values = np.concatenate([entropy_of(log_p).detach() for log_p in log_ps]) / np.log(2)
     for percentile in (10, 50, 90):
         gate = EntropyGate.calibrate(small, tokenizer, TEXTS, percentile=percentile, progress=False)
         assert gate.threshold == pytest.approx(np.percentile(values, percentile), abs=1e-9)

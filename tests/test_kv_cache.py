@@ -9,9 +9,10 @@ from conftest import FAMILIES, left_padded, random_ids, tiny_config, tiny_model
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from helpers.cache.bucket import EMPTY, Stage
+from helpers.cache.bucket import Stage
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
-from helpers.policies.reading import score_blocks
+from helpers.cache.tokens import EMPTY
+from helpers.policies.cached_model import CachedModel, score_blocks
 
 WIDTH_CHOICES = [16, 8, 4, 2, (8, 4)]
 BATCHES = {"one": [40], "left-padded": [40, 25, 31]}
@@ -66,10 +67,11 @@ def stored(cache: PackedKVCache, below: int) -> dict[tuple, bytes]:
     found = {}
     for store in cache.stores:
         for stage, bucket in store.buckets.items():
-            position = bucket.positions()
-            names = [name for name in bucket.fields if name.startswith(("key", "value"))]
-            for slot in ((bucket.view("token") != EMPTY) & (position < below)).nonzero().tolist():
-                content = b"".join(bucket.view(name)[tuple(slot)].numpy().tobytes() for name in names)
+            tokens = bucket.held()
+            position = tokens.positions()
+            sides = [x for name, x in tokens.named().items() if name.startswith(("key", "value"))]
+            for slot in ((tokens.token != EMPTY) & (position < below)).nonzero().tolist():
+                content = b"".join(x[tuple(slot)].numpy().tobytes() for x in sides)
                 found[stage, *slot[:3], int(position[tuple(slot)])] = content
     return found
 
@@ -78,22 +80,24 @@ def same_content(a: PackedKVCache, b: PackedKVCache) -> None:
     """Both caches hold the same tokens, stored alike: codes, scales, positions, tails."""
     assert a.get_seq_length() == b.get_seq_length()
     assert a.committed == b.committed
-    for mine, other in zip(a.layers, b.layers, strict=True):
-        for x, y in zip(mine.tail(), other.tail(), strict=True):
-            assert torch.equal(x, y)
+    for layer in range(len(a.layers)):
+        mine, other = a.states(layer), b.states(layer)
+        assert torch.equal(mine.tail_keys, other.tail_keys)
+        assert torch.equal(mine.tail_values, other.tail_values)
     for mine, other in zip(a.stores, b.stores, strict=True):
         assert mine.buckets.keys() == other.buckets.keys()
         for stage, bucket in mine.buckets.items():
             twin = other.buckets[stage]
             slots = min(bucket.slots, twin.slots)
-            held = bucket.view("token")[:, :, :, :slots] != EMPTY
-            assert torch.equal(held, twin.view("token")[:, :, :, :slots] != EMPTY)
-            for name in bucket.fields:
-                x, y = (c.view(name)[:, :, :, :slots] for c in (bucket, twin))
+            held = bucket.held().token[:, :, :, :slots] != EMPTY
+            assert torch.equal(held, twin.held().token[:, :, :, :slots] != EMPTY)
+            ours, theirs = bucket.held().named(), twin.held().named()
+            for name in ours:
+                x, y = (c[name][:, :, :, :slots] for c in (ours, theirs))
                 where = held[: x.shape[0], :, : x.shape[2]]
                 assert torch.equal(x[where], y[where]), name
             for longer in (bucket, twin):
-                assert (longer.view("token")[:, :, :, slots:] == EMPTY).all()
+                assert (longer.held().token[:, :, :, slots:] == EMPTY).all()
 
 
 def test_layers_implement_the_whole_contract():
@@ -176,7 +180,7 @@ def test_block_by_block_equals_token_by_token(family, head_dim, bits, lengths):
 def test_scoring_is_feeding_block_by_block(family):
     model, ids = tiny_model(family), random_ids(2, 45)
     caches = [PackedKVCache(model.config, bits=4, block=8) for _ in range(2)]
-    scored = torch.cat([logits for _, logits in score_blocks(model, ids, caches[0], block=8)], dim=1)
+    scored = torch.cat([logits for _, logits in score_blocks(CachedModel(model, caches[0]), ids, block=8)], dim=1)
     assert torch.equal(scored, feed(model, caches[1], ids, chunk=8))
 
 
@@ -267,10 +271,10 @@ def test_reserved_length_is_allocated_once():
     cache = PackedKVCache(model.config, bits=4, block=8, max_length=256)
     feed(model, cache, random_ids(1, 40), chunk=8)
     bucket = next(iter(cache.stores[0].buckets.values()))
-    before = bucket.fields["key_codes"].data_ptr()
+    before = bucket.buffers.key.codes.data_ptr()
     feed(model, cache, random_ids(1, 200), chunk=8)
     assert bucket.capacity == 256
-    assert bucket.fields["key_codes"].data_ptr() == before
+    assert bucket.buffers.key.codes.data_ptr() == before
 
 
 def test_widths_are_counted_as_stored():
@@ -288,16 +292,16 @@ def test_settled_tokens_are_where_each_head_wanted_them():
     cache = PackedKVCache(model.config, block=8)
     feed(model, cache, ids)
     cache.commit(8, pending=True)
-    before = [cache.dense(cache.states(i)) for i in range(2)]
+    before = [cache.states(i).dense() for i in range(2)]
     scores = torch.rand(2, 2, 2, 32, generator=torch.Generator().manual_seed(1))
     assert cache.pending_blocks(8) == 6
-    cache.settle(8, 2, blocks=4, keep=2, scores=scores)
+    cache.settle(8, 2, blocks=4, keep=2, scores=lambda demotion: scores)
     assert cache.pending_blocks(8) == 2
     store = cache.stores[0]
     counts = {(stage.key_bits, stage.pending): bucket.slots for stage, bucket in store.buckets.items()}
     assert counts == {(8, True): 16, (8, False): 8, (2, False): 24}
     for layer in range(2):
-        keys, values = cache.dense(cache.states(layer))
+        keys, values = cache.states(layer).dense()
         best = scores[layer].unflatten(-1, (4, 8)).topk(2, dim=-1).indices + torch.arange(0, 32, 8)[:, None]
         kept = torch.zeros(2, 2, 48, dtype=torch.bool).scatter_(2, best.flatten(2), True)
         kept[:, :, 32:] = True
@@ -313,9 +317,9 @@ def test_settling_in_steps_and_keys_apart_from_values():
     cache = PackedKVCache(model.config, block=8)
     feed(model, cache, ids)
     cache.commit((8, 4), pending=True)
-    values_before = cache.dense(cache.states(0))[1]
+    values_before = cache.states(0).dense()[1]
     cache.settle((8, 4), (4, 4), blocks=5, pending=True)
-    assert torch.equal(cache.dense(cache.states(0))[1], values_before)
+    assert torch.equal(cache.states(0).dense()[1], values_before)
     cache.settle((4, 4), (2, 2), blocks=2)
     assert cache.pending_blocks(4) == 3
     assert cache.code_bits() == pytest.approx((16 * 2 + 24 * 4) / 40)
@@ -344,7 +348,7 @@ def test_space_of_settled_blocks_is_reclaimed():
 @pytest.mark.parametrize("window", [64, 10])
 def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
     """A prompt read at once counts its newest queries; what is read after the commit counts whole."""
-    monkeypatch.setattr("helpers.cache.attention.statistics.RECEIVED_WINDOW", window)
+    monkeypatch.setattr("helpers.cache.attention.received.RECEIVED_WINDOW", window)
     model = tiny_model("llama", dtype=torch.float64)
     ids = random_ids(1, 28)
     cache = PackedKVCache(model.config, block=8)
@@ -360,7 +364,7 @@ def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
         block = torch.arange(28) // 8
         later = (block[:, None] > block) & (torch.arange(28)[:, None] >= 24 - window)
         expected = (weights[layer][0] * later)[:, :, :24].unflatten(0, (2, 2)).sum((1, 2))
-        assert torch.allclose(bucket.view("received", layer)[0].double(), expected, rtol=2e-3, atol=2e-3)
+        assert torch.allclose(bucket.held(layer).received[0].double(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +374,7 @@ def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
         (lambda c: c.settle(4, 2, blocks=9), "pending blocks at 4 bits"),
         (lambda c: c.settle(4, 3), "target must be one of"),
         (lambda c: c.settle(4, 2, keep=2), "keep=2 needs scores"),
-        (lambda c: c.settle(4, 2, keep=2, scores=torch.zeros(2, 1, 2, 8), pending=True), "cannot be combined"),
+        (lambda c: c.settle(4, 2, keep=2, scores=torch.zeros_like, pending=True), "cannot be combined"),
         (lambda c: c.settle(4, 2, keep=9), "keep must lie between 0 and block"),
     ],
 )
@@ -456,7 +460,7 @@ def test_crop_after_heads_chose_their_own_tokens():
     feed(model, cache, random_ids(2, 48))
     cache.commit(8, pending=True)
     scores = torch.rand(2, 2, 2, 40, generator=torch.Generator().manual_seed(2))
-    cache.settle(8, 2, blocks=5, keep=3, scores=scores)
+    cache.settle(8, 2, blocks=5, keep=3, scores=lambda demotion: scores)
     for removed in (13, 2, 9):  # into the pending block, through it, and into settled ones
         left = cache.get_seq_length() - removed
         before = stored(cache, below=left)
@@ -507,12 +511,13 @@ def test_crops_between_commits_and_settles():
             cache.commit(8, 8, pending=True)
         while (waiting := cache.pending_blocks(8)) > 1:
             slots = cache.stores[0].buckets[Stage(8, 8, True)].blocks[0][1]
-            cache.settle(8, 2, keep=3, scores=torch.rand(2, 2, 2, slots, generator=generator))
+            scores = torch.rand(2, 2, 2, slots, generator=generator)
+            cache.settle(8, 2, keep=3, scores=lambda demotion, scores=scores: scores)
             assert cache.pending_blocks(8) == waiting - 1
         check_crop(model, cache, removed)
         feed(model, cache, random_ids(2, 17, seed=step))
         buckets = [bucket for store in cache.stores for bucket in store.buckets.values()]
-        held = sum(int((bucket.view("token") != EMPTY).sum()) for bucket in buckets)
+        held = sum(int((bucket.held().token != EMPTY).sum()) for bucket in buckets)
         assert held == cache.committed * 2 * 2 * 2  # layers, rows, heads
 
 
@@ -558,7 +563,7 @@ def test_half_precision_models(family, dtype, bits):
     assert logits.isfinite().all()
     if bits in (8, 16):
         assert (logits - expected).float().abs().mean() < 0.1
-    dense = cache.dense(cache.states(0))
+    dense = cache.states(0).dense()
     assert dense[0].dtype == dtype
 
 

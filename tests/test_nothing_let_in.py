@@ -235,18 +235,18 @@ ABOUT = {"label": "kv_bits", "model": "made up", "rates": {"4.0": 0.5}, "token_c
 
 @pytest.fixture
 def controller(tmp_path):
-    """A sound controller named "seed"; both its files can be written anew."""
-    network().save(tmp_path, "seed", ABOUT)
-    assert LearnedController.load(tmp_path, "seed").rates == {4.0: 0.5}
+    """A sound controller named "imitation"; both its files can be written anew."""
+    network().save(tmp_path, "imitation", ABOUT)
+    assert LearnedController.load(tmp_path, "imitation").rates == {4.0: 0.5}
     return tmp_path
 
 
 def rewrite(folder: Path, tensors=None, **about) -> None:
     """The controller with other tensors or another description, which is then the one of the JSON."""
-    old = load_file(folder / "seed.safetensors")
-    save_file(old if tensors is None else tensors(old), folder / "seed.safetensors")
-    content = json.loads((folder / "seed.json").read_text())
-    (folder / "seed.json").write_text(json.dumps(content | about))
+    old = load_file(folder / "imitation.safetensors")
+    save_file(old if tensors is None else tensors(old), folder / "imitation.safetensors")
+    content = json.loads((folder / "imitation.json").read_text())
+    (folder / "imitation.json").write_text(json.dumps(content | about))
 
 
 TENSORS = {
@@ -265,19 +265,21 @@ TENSORS = {
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_that_are_not_the_described_ones_are_refused(controller, change):
     rewrite(controller, TENSORS[change])
-    message = r"controller seed\.safetensors: its weights do not fit its description: .* expected .* for 2 features"
+    message = (
+        r"controller imitation\.safetensors: its weights do not fit its description: .* expected .* for 2 features"
+    )
     with pytest.raises(ValueError, match=message):
-        LearnedController.load(controller, "seed")
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_refused(controller, value):
     rewrite(controller, lambda t: {**t, "layers.0.bias": torch.full((8,), value)})
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: holds NaN or infinity"):
-        LearnedController.load(controller, "seed")
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: holds NaN or infinity"):
+        LearnedController.load(controller, "imitation")
     rewrite(controller, lambda t: {**t, "layers.0.bias": torch.zeros(8), "scale": torch.tensor([1.0, 0.0])})
     with pytest.raises(ValueError, match="scales of its inputs must be positive"):
-        LearnedController.load(controller, "seed")
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +307,8 @@ def test_weights_that_are_no_numbers_are_refused(controller, value):
 def test_descriptions_that_cannot_be_true_are_refused_at_once(controller, about, message):
     rewrite(controller, **about)
     started = time.monotonic()
-    with pytest.raises(ValueError, match=rf"controller seed.*{message}"):
-        LearnedController.load(controller, "seed")
+    with pytest.raises(ValueError, match=rf"controller imitation.*{message}"):
+        LearnedController.load(controller, "imitation")
     assert time.monotonic() - started < 2
 
 
@@ -337,20 +339,22 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_are_no_safetensors_are_refused(controller, kind):
-    (controller / "seed.safetensors").write_bytes(FILES[kind])
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
+    (controller / "imitation.safetensors").write_bytes(FILES[kind])
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100000, "\0"])
 def test_descriptions_that_are_no_json_objects_are_refused(controller, content):
     rewrite(controller)
-    (controller / "seed.json").write_text(content)
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
-    save_file(load_file(controller / "seed.safetensors"), controller / "seed.safetensors", {"about": content or "{"})
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
+    (controller / "imitation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
+    save_file(
+        load_file(controller / "imitation.safetensors"), controller / "imitation.safetensors", {"about": content or "{"}
+    )
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
 
 
 def test_a_controller_of_another_kind_is_refused(controller):

@@ -17,10 +17,10 @@ from test_kv_cache import all_tensors
 from transformers import LlamaConfig
 
 from helpers.cache.attention.reference import packed_attention
-from helpers.cache.bucket import EMPTY
+from helpers.cache.codec import CENTRE_SHARE, CENTRE_TOKENS
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.quantization import WIDTHS, dequantize, quantize, rotation_matrix
-from helpers.cache.store import CENTRE_SHARE, CENTRE_TOKENS
+from helpers.cache.tokens import EMPTY
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -230,12 +230,12 @@ def held(cache: PackedKVCache) -> dict[str, torch.Tensor]:
     result = {"key": [], "value": []}
     for number, layer in enumerate(cache.layers):
         states = cache.states(number)
-        tails = {"key": states.tail_keys, "value": states.tail_values}
-        for side, parts in result.items():
-            whole = tails[side].double()
-            if states.store is not None:
-                whole = torch.cat([states.store.dense(side, states.layer, cache.committed).double(), whole], dim=2)
-            parts.append(whole)
+        tails = {"key": states.tail_keys.double(), "value": states.tail_values.double()}
+        if states.store is not None:
+            committed = states.store.dense(states.layer, cache.committed)
+            tails = {side: torch.cat([next(committed).double(), tail], dim=2) for side, tail in tails.items()}
+        for side, whole in tails.items():
+            result[side].append(whole)
         assert layer.get_seq_length() == cache.get_seq_length()
     return {side: torch.stack(parts) for side, parts in result.items()}
 
@@ -277,8 +277,8 @@ def check_slots(cache: PackedKVCache, model: DenseCache) -> None:
     for stage, bucket in store.buckets.items():
         if not bucket.slots:
             continue
-        used = bucket.view("token") != EMPTY
-        at = bucket.positions().masked_fill(~used, 0)
+        used = bucket.held().token != EMPTY
+        at = bucket.held().positions().masked_fill(~used, 0)
         assert (at < model.committed).all()
         seen.scatter_add_(3, at, used.long())
         for side, bits in (("key", stage.key_bits), ("value", stage.value_bits)):
@@ -316,6 +316,18 @@ def widths_of(draw, rows: int, tokens: int):
     pair = draw(st.tuples(*[st.sampled_from(WIDTHS)] * 2)) if "pair" in kind else (draw(st.sampled_from(WIDTHS)),) * 2
     told = pair if "pair" in kind else pair[0]
     return told, torch.tensor(pair).expand(rows, tokens, 2), kind.startswith("pending")
+
+
+def in_turn(scores: torch.Tensor):
+    """What `settle` takes: it asks for the scores of blocks of one size at a time, the oldest first."""
+    at = 0
+
+    def next_scores(demotion):
+        nonlocal at
+        at += demotion.key_error.shape[-1]
+        return scores[..., at - demotion.key_error.shape[-1] : at]
+
+    return next_scores
 
 
 OPERATIONS = ("update", "commit", "settle", "crop", "reorder", "repeat", "select", "offload", "reset")
@@ -364,7 +376,7 @@ def test_a_cache_holds_what_a_plain_list_of_tensors_holds(shape, data):
             slots = sum(size for _, size in model.pending[source][:blocks])
             scores = torch.rand(shape.layers, rows, shape.heads, slots, generator=generator)
             before = held(cache)
-            cache.settle(source, target, blocks, keep, scores if keep else None, again)
+            cache.settle(source, target, blocks, keep, in_turn(scores) if keep else None, again)
             model.settle(source, target, blocks, keep, scores, again, before)
         elif operation == "crop":
             removed = data.draw(st.integers(0, model.length + 2), label="removed")

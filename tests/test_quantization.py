@@ -87,7 +87,7 @@ def test_a_prompt_is_quantized_as_its_blocks_are(monkeypatch):
     x = torch.randn(3, 5, 7, 32, generator=torch.Generator().manual_seed(0))
     for bits in (2, 4, 8):
         whole = quantize(x, bits)
-        monkeypatch.setattr(quantization, "CHUNK", 10 * 32)
+        monkeypatch.setattr(quantization, "NUMBERS_AT_ONCE", 10 * 32)
         pieces = quantize(x, bits)
         monkeypatch.undo()
         assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))

@@ -1,22 +1,84 @@
-"""What caches take up, and what to say when a device has no more room.
+"""What caches take up: bytes owned, bytes in use, and the widths of what is stored.
 
-`stored_bytes` counts caches of any kind by their tensors. `explain_out_of_memory` turns the device's error, which
-speaks of one allocation, into one that says how much the caches hold and what can be lowered.
+`Accounting` is the part of `PackedKVCache` that counts; the functions count caches of any kind, the library's too.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, QuantizedCache
 
-from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.layer import PackedLayer
+from helpers.cache.quantization import FULL_WIDTH
+from helpers.cache.store import PackedStore
+from helpers.cache.tokens import EMPTY
+
+
+class Accounting:
+    """Counts what the `layers` (tails) and the `stores` (committed tokens) of a packed cache take up."""
+
+    layers: list[PackedLayer]
+    stores: list[PackedStore]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that the cache owns, spare capacity included; one that is shared may come more than once."""
+        for store in self.stores:
+            yield from store.tensors()
+        tails = [x for layer in self.layers for x in (layer.keys, layer.values, layer.received)]
+        yield from (x for x in (*tails, self.visible, self.attention_variance) if x is not None)
+        yield from (total for total, *_ in self.checks.waiting)
+
+    def stored_bytes(self) -> int:
+        """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
+        return sum(storages.values())
+
+    def live_bytes(self) -> int:
+        """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
+        spare = [x[:, :, layer.tail_length :] for layer in self._filled() for x in (layer.keys, layer.values)]
+        live = self.stored_bytes() - sum(x.numel() * x.element_size() for x in spare)
+        for store in self.stores:
+            for bucket in store.buckets.values():
+                whole, held = bucket.buffers.named().values(), bucket.held().named().values()
+                live -= sum((x.numel() - y.numel()) * x.element_size() for x, y in zip(whole, held, strict=True))
+        return live
+
+    def _filled(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    def bits_per_element(self) -> float:
+        """Live bits per cached number, scales, bookkeeping and tail included; 16 would be plain half precision."""
+        states = [x for layer in self._filled() for x in (layer.keys, layer.values)]
+        elements = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in states) * self.get_seq_length()
+        return 8 * self.live_bytes() / elements if elements else 0.0
+
+    def code_bits(self) -> float:
+        """Average width of the stored codes, tail counted at 16, scales and bookkeeping left out."""
+        return float(self._token_bits().mean()) if self.get_seq_length() else 0.0
+
+    def token_bits(self) -> torch.Tensor:
+        """Width at which each token is stored now, averaged over layers, heads and sides; 16 in the tail.
+
+        float32 `[B, tokens]`, on the CPU.
+        """
+        return self._token_bits().float()
+
+    def _token_bits(self) -> torch.Tensor:
+        rows, heads = self.layers[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.layers)
+        total = torch.zeros(rows, self.committed + 1, dtype=torch.float64)  # the last takes what empty slots hold
+        for bucket in (bucket for store in self.stores for bucket in store.buckets.values()):
+            held = bucket.held()
+            at = held.positions().masked_fill(held.token == EMPTY, self.committed).transpose(0, 1).flatten(1).cpu()
+            bits = (bucket.stage.key_bits + bucket.stage.value_bits) / 2
+            total.scatter_add_(1, at, torch.full(at.shape, bits, dtype=torch.float64))
+        tail = total.new_full((rows, self.layers[0].tail_length), FULL_WIDTH)
+        return torch.cat([total[:, :-1] / heads, tail], dim=1)
 
 
 def stored_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache of any kind holds."""
-    if isinstance(cache, PackedKVCache):
+    if isinstance(cache, Accounting):
         return cache.stored_bytes()
     tensors = {id(t): t for layer in cache.layers for value in vars(layer).values() for t in _tensors(value)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -24,61 +86,22 @@ def stored_bytes(cache: Cache) -> int:
 
 def live_bytes(cache: Cache) -> int:
     """`stored_bytes` less spare capacity, which only the packed cache has."""
-    return cache.live_bytes() if isinstance(cache, PackedKVCache) else stored_bytes(cache)
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """The plain tensors inside tensors of special kinds, tuples, lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-
-
-@contextmanager
-def explain_out_of_memory(reading: str, *held: tuple[PreTrainedModel, Cache]):
-    """Raise `torch.OutOfMemoryError` anew, saying what the caches hold and what to lower.
-
-    `reading` says what was going on; `held` are the models at work, each with its cache.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        parts = []
-        for model, cache in held:
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            tokens = cache.get_seq_length()
-            parts.append(
-                f"the cache of {model.config.model_type} holds {_mib(stored_bytes(cache))} for {tokens:,} tokens a row "
-                f"beside {_mib(weights)} of weights"
-            )
-        packed = all(isinstance(cache, PackedKVCache) for _, cache in held)
-        lower = "the cache's bits or its policy's, " if packed else ""
-        advice = f"{lower}max_new_tokens, the length of the prompt, or the number of rows in the batch"
-        other = "" if packed else ", or store keys and values at 4 bits with PackedKVCache(model.config, bits=4)"
-        raise torch.OutOfMemoryError(
-            f"out of memory while {reading}: {'; '.join(parts)}. Lower {advice}{other}. ({_first_line(error)})"
-        ) from error
-
-
-def _mib(size: int) -> str:
-    return f"{size:,} bytes ({size / 2**20:.1f} MiB)"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return cache.live_bytes() if isinstance(cache, Accounting) else stored_bytes(cache)
 
 
 def code_bits(cache: Cache) -> float:
     """Average width of the stored codes, full-precision tokens counted at 16; NaN where the cache does not tell."""
-    if isinstance(cache, PackedKVCache):
+    if isinstance(cache, Accounting):
         return cache.code_bits()
     return 16.0 if isinstance(cache, DynamicCache) and not isinstance(cache, QuantizedCache) else float("nan")
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """The plain tensors inside tensors of special kinds, tuples, lists and dictionaries."""
+    if hasattr(value, "__tensor_flatten__"):
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

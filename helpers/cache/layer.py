@@ -40,12 +40,19 @@ class PackedStates:
         """Buckets that hold committed tokens."""
         return [bucket for bucket in self.store.buckets.values() if bucket.slots] if self.store else []
 
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in text order, dequantized, `[B, H, tokens, D]` each, in the model's dtype."""
+        tails = self.tail_keys, self.tail_values
+        if self.store is None:
+            return tails
+        committed = self.store.dense(self.layer, self.cache.committed)
+        return tuple(torch.cat([x.to(tail.dtype), tail], dim=2) for x, tail in zip(committed, tails, strict=True))
+
 
 class PackedLayer(CacheLayerMixin):
-    """One layer's full-precision tail, and its door to the store that it shares with the other layers.
+    """One layer's full-precision tail: `keys` and `values` `[B, H, tail_length or more, D]`.
 
-    What concerns the shared store (reset, crop, reorder, repeat, select, offload) is done for all layers when it is
-    asked of the first one, so that a container's loop over its layers does it once.
+    Committed tokens lie in a store that layers share; what concerns both is done by `PackedKVCache`.
     """
 
     is_croppable = True
@@ -73,19 +80,16 @@ class PackedLayer(CacheLayerMixin):
             self.prefetch()
         self._check(self.keys, key_states)
         self._check(self.values, value_states)
-        cache = self.cache
         if self.layer_idx == 0:
-            cache.begin_forward()
-        at = self.tail_length
-        end = at + key_states.shape[2]
-        self._reserve(end)
+            self.cache.begin_forward()
+        at, end = self.tail_length, self.tail_length + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            self._rebuild(0, -(-end // self.cache.block) * self.cache.block)
         self.keys[:, :, at:end] = key_states
         self.values[:, :, at:end] = value_states
         self.tail_length = end
-        states = cache.states(self.layer_idx)
-        if cache.hands_out_packed:
-            return states, states
-        return cache.dense(states)
+        states = self.cache.states(self.layer_idx)
+        return (states, states) if self.cache.hands_out_packed else states.dense()
 
     def _check(self, held: torch.Tensor, given: torch.Tensor) -> None:
         rows, heads, _, dim = held.shape
@@ -97,41 +101,37 @@ class PackedLayer(CacheLayerMixin):
                 f"the cache holds {held.shape[0]} sequence(s), the model sent {given.shape[0]}: reset it before "
                 f"another batch, or repeat its rows first for beams{self.cache.rows_note}"
             )
-        if (held.shape[1], held.shape[3], held.dtype) != (given.shape[1], given.shape[3], given.dtype):
-            raise ValueError(
-                f"the cache holds {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, the model sent "
-                f"{given.shape[1]} heads of {given.shape[3]} in {given.dtype}: use one cache per model"
-            )
-        if held.device != given.device:
+        if alike:
             raise ValueError(
                 f"the cache lies on {held.device}, the model sent states on {given.device}: reset the cache after "
                 "moving a model"
             )
+        raise ValueError(
+            f"the cache holds {held.shape[1]} heads of {held.shape[3]} in {held.dtype}, the model sent "
+            f"{given.shape[1]} heads of {given.shape[3]} in {given.dtype}: use one cache per model"
+        )
 
-    def _reserve(self, tokens: int) -> None:
-        if tokens <= self.keys.shape[2]:
-            return
-        block = self.cache.block
-        capacity = -(-tokens // block) * block
+    def _rebuild(self, start: int, capacity: int) -> None:
+        """Move the tail's tokens from `start` on to the front of new buffers for `capacity` tokens."""
+        kept = self.tail_length - start
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self.tail_length] = old[:, :, : self.tail_length]
+            new[:, :, :kept] = old[:, :, start : self.tail_length]
             setattr(self, name, new)
+        self.tail_length = kept
 
     def drop_front(self, tokens: int) -> None:
         """Remove the oldest `tokens` tokens of the tail, giving back what a long prompt took."""
-        rest = self.tail_length - tokens
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            kept = old[:, :, tokens : self.tail_length].clone()
-            if old.shape[2] > 2 * self.cache.block:
-                setattr(self, name, kept)
-            else:
-                old[:, :, :rest] = kept
-        self.tail_length = rest
+        capacity = self.keys.shape[2]
+        self._rebuild(tokens, capacity if capacity <= 2 * self.cache.block else self.tail_length - tokens)
         if self.received is not None:
-            self.received = self.received[:, :, tokens:].clone() if rest else None
+            self.received = self.received[:, :, tokens:].clone() if self.tail_length else None
+
+    def shorten(self, tokens: int) -> None:
+        """Keep the oldest `tokens` tokens of the tail."""
+        self.tail_length = tokens
+        self.received = None if self.received is None else self.received[:, :, :tokens].clone()
 
     def tail_received(self, tokens: int) -> torch.Tensor:
         """Attention received by the oldest `tokens` tokens of the tail, float32 `[B, H, tokens]`."""
@@ -158,50 +158,26 @@ class PackedLayer(CacheLayerMixin):
         self.keys = self.values = self.received = None
         self.is_initialized = False
         self.tail_length = 0
-        if self.layer_idx == 0:
-            self.cache.clear_stores()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens (a non-positive count, as everywhere in transformers 5)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a non-positive number of tokens to remove, got {tokens_to_remove}")
-        if self.layer_idx == 0 and self.is_initialized:
-            self.cache.crop_all(-tokens_to_remove)
+    def _map(self, change) -> None:
+        self.keys, self.values = change(self.keys), change(self.values)
+        self.received = None if self.received is None else change(self.received)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.layer_idx == 0 and self.is_initialized:
-            if self.cache.rows_note:
-                raise ValueError(f"the rows of this cache cannot be reordered{self.cache.rows_note}")
-            self.cache.map_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.layer_idx == 0 and self.is_initialized:
-            self.cache.map_rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.layer_idx == 0 and self.is_initialized:
-            if indices.dtype == torch.bool:
-                indices = indices.nonzero()[:, 0]
-            self.cache.map_rows(indices)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace the rows of the tail by the rows `beam_idx`."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def _move(self, device: torch.device | str) -> None:
-        if not self.is_initialized:
-            return
-        self.keys, self.values = self.keys.to(device), self.values.to(device)
-        self.received = None if self.received is None else self.received.to(device)
-        if self.layer_idx == 0:
-            for store in self.cache.stores:
-                store.to(device if device == "cpu" else self.cache.layers[store.layers[0]].device)
+        """Move the tail and the store behind it, which other layers may share: each brings it back for itself."""
+        self._map(lambda x: x.to(device))
+        store, _ = self.cache.store_of.get(self.layer_idx, (None, 0))
+        if store is not None and store.device != torch.device(device):
+            store.to(device)
 
     def offload(self) -> None:
-        self._move("cpu")
+        if self.is_initialized:
+            self._move("cpu")
 
     def prefetch(self) -> None:
         if self.is_initialized:
             self._move(self.device)
-            if self.layer_idx != 0:
-                self.cache.layers[0].prefetch()
-
-    def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the tail, `[B, H, tail tokens, D]` each."""
-        return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]

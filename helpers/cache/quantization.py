@@ -11,19 +11,11 @@ from functools import lru_cache
 import torch
 
 WIDTHS = (2, 4, 8, 16)
-
-
 FULL_WIDTH = 16
-
-
+Widths = int | tuple[int, int]  # of keys and values alike, or (key bits, value bits)
 # Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
 STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
-
-
-SEARCHED_AT_ONCE = 2**18  # numbers, all steps together: few operations for a block
-
-
-CHUNK = 2**18  # numbers of a prompt that a CPU quantizes at once, so that all that is made of them stays in its caches
+NUMBERS_AT_ONCE = 2**18  # worked on together: few operations for a block, and what is made of them stays in CPU caches
 
 
 def check_width(bits: int, name: str = "bits") -> int:
@@ -31,6 +23,14 @@ def check_width(bits: int, name: str = "bits") -> int:
     if bits not in WIDTHS:
         raise ValueError(f"{name} must be one of {WIDTHS}, got {bits!r}")
     return int(bits)
+
+
+def width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
+    """Key bits and value bits of a width or a pair; raises `ValueError` for anything else."""
+    pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")
+    return check_width(pair[0], name), check_width(pair[1], name)
 
 
 def bytes_per_vector(head_dim: int, bits: int) -> int:
@@ -96,8 +96,8 @@ def quantize(x: torch.Tensor, bits: int, search: bool = True) -> tuple[torch.Ten
     zero; a code `c` stands for `zero + scale * c`. The grid spans minimum to maximum; at 2 bits with `search` it is
     shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8.
     """
-    if x.device.type == "cpu" and x.numel() > CHUNK:
-        vectors = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1]))
+    if x.device.type == "cpu" and x.numel() > NUMBERS_AT_ONCE:
+        vectors = x.reshape(-1, x.shape[-1]).split(max(1, NUMBERS_AT_ONCE // x.shape[-1]))
         codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search) for part in vectors)))
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
     return _quantize(x, bits, search)
@@ -110,7 +110,7 @@ def _quantize(x: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, t
         middle, half = (low + high) / 2, (high - low) / 2
         best_error = torch.full_like(low, torch.inf)
         best_half = half
-        at_once = max(1, SEARCHED_AT_ONCE // max(1, x.numel()))
+        at_once = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))
         for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
             candidates = half * shares.view(-1, *[1] * x.ndim)
             scale, zero = 2 * candidates / levels, middle - candidates
@@ -131,14 +131,3 @@ def dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: tor
     """Inverse of `quantize` up to its error: `[..., n]` in `dtype`."""
     scale, zero = scales.to(dtype).split(1, dim=-1)
     return unpack_codes(packed, bits).to(dtype).mul_(scale).add_(zero)
-
-
-Widths = int | tuple[int, int]
-
-
-def width_pair(bits: Widths, name: str = "bits") -> tuple[int, int]:
-    """Key bits and value bits of a width or a pair; raises `ValueError` for anything else."""
-    pair = tuple(bits) if isinstance(bits, tuple | list) else (bits, bits)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a width or a pair (key bits, value bits), got {bits!r}")
-    return check_width(pair[0], name), check_width(pair[1], name)

@@ -7,8 +7,7 @@ import pandas as pd
 import torch
 
 from helpers.evaluation import fixed_widths
-from helpers.evaluation.comparison import compare as compare_methods
-from helpers.evaluation.comparison import save_comparison, standard_pairs
+from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.methods import default_methods
 from helpers.io.paths import relative_to_root
 from helpers.io.processes import is_main_process, one_first, process_count

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from helpers.cache.quantization import WIDTHS
-from helpers.policies.learned import widths_at_price
+from helpers.policies.learned import widths_at_multiplier
 from helpers.policies.network import Network
 
 RATES = tuple(np.arange(2.0, 16.01, 0.25))  # averages that a trained controller is asked for
@@ -33,16 +33,13 @@ def multiplier_for_average(
     return middle
 
 
-def optimal_bits(
-    costs: np.ndarray, average: float, widths: Sequence[int] = WIDTHS, tolerance: float = 1e-3
-) -> tuple[np.ndarray, float]:
+def optimal_bits(costs: np.ndarray, average: float) -> tuple[np.ndarray, float]:
     """Widths `[T]` that minimise `cost + multiplier * bits` for each token, and the multiplier for this `average`.
 
-    `costs` `[T, widths]` in nats. The average is met as closely as one multiplier for all tokens allows. Raises
+    `costs` `[T, 4]` in nats. The average is met as closely as one multiplier for all tokens allows. Raises
     `ValueError` where `average` is outside the widths, or `costs` are not finite.
     """
-    costs = np.asarray(costs, dtype=np.float64)
-    bits = np.asarray(widths)
+    costs, bits = np.asarray(costs, dtype=np.float64), np.asarray(WIDTHS)
     if costs.ndim != 2 or costs.shape[1] != len(bits) or not len(costs):
         raise ValueError(f"costs must have shape [tokens, {len(bits)}], got {list(costs.shape)}")
     if not np.isfinite(costs).all():
@@ -54,7 +51,7 @@ def optimal_bits(
         return bits[(costs + multiplier * bits).argmin(1)]
 
     high = float(np.ptp(costs) / np.diff(np.sort(bits)).min()) + 1e-12
-    multiplier = multiplier_for_average(widths_at, average, 0.0, high, tolerance)
+    multiplier = multiplier_for_average(widths_at, average, 0.0, high, tolerance=1e-3)
     return widths_at(multiplier), multiplier
 
 
@@ -62,7 +59,7 @@ def network_bits(log_probabilities: torch.Tensor, average: float) -> tuple[torch
     """`optimal_bits` for the log-probabilities `[T, 4]` of a network; the multiplier may be negative: a bonus."""
 
     def widths_at(multiplier: float) -> torch.Tensor:
-        return widths_at_price(log_probabilities, multiplier).double()
+        return widths_at_multiplier(log_probabilities, multiplier).double()
 
     multiplier = multiplier_for_average(widths_at, average, -20.0, 20.0)
     return widths_at(multiplier), multiplier

@@ -22,9 +22,10 @@ from helpers.io.processes import from_main, is_main_process, process_count, spre
 from helpers.io.results import key_hash, write_table
 from helpers.models.fingerprint import fingerprint
 from helpers.models.tokens import check_context
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Policy, policy_for_text
+from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.training.table import COLUMNS, check_training_data
 
@@ -34,8 +35,9 @@ TEXTS_A_ROUND = 4  # of each of several processes, between two gatherings: enoug
 def _read(model: PreTrainedModel, ids: Sequence[int], text_id: int, policy: Policy, block: int):
     """The driver and the result of reading one text token by token through a packed cache under `policy`."""
     cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy_for_text(policy, text_id), extra=("entropy", "confidence", "attn_var"))
-    return driver, decode(model, torch.tensor([list(ids)], device=model.device), cache, driver, forced=True)
+    driver = PolicyDriver(model, cache, policy.for_text(text_id), extra=("entropy", "confidence", "attn_var"))
+    ids = torch.tensor([list(ids)], device=model.device)
+    return driver, decode(CachedModel(model, cache, driver), ids, forced=True)
 
 
 def collect_text(

@@ -1,11 +1,7 @@
-"""The commands of this package: `python main.py collect`, `train` and `pretrain`."""
+"""Two commands of this package: `python main.py collect` and `train`; `pretrain` is in `pretraining`."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from transformers import PreTrainedTokenizerFast
 
 from helpers.io.paths import relative_to_root
 from helpers.io.processes import is_main_process, one_first
@@ -14,13 +10,11 @@ from helpers.models.loading import load_model
 from helpers.models.presets import get_preset
 from helpers.models.sequences import load_sequences
 from helpers.models.sources import Sources
-from helpers.models.stories import load_stories, read_stories, split_holdout
 from helpers.models.tokens import encode
 from helpers.policies.rules import EntropyRule
 from helpers.training import collection
 from helpers.training.controllers import train_controllers
 from helpers.training.table import summarise
-from helpers.training.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,39 +63,3 @@ def train(options: TrainOptions) -> None:
     summary = train_controllers(model, table, sequences, out, names["model"], options.seed)
     print(summary.to_string(index=False))
     print(f"controllers of {len(table)} tokens and {len(sequences)} sequences of 512 -> {relative_to_root(out)}")
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """Texts, size and settings of a story model."""
-
-    out: str  # folder of the finished model
-    text: tuple[str, ...] = ("roneneldan/TinyStories",)  # story files (.txt, .txt.gz) or hub data sets
-    holdout_text: str | None = None  # story file whose last tenth is held out and whose rest is trained on
-    size: Literal["large", "small"] = "large"
-    tokenizer: str | None = None  # folder with a tokenizer to reuse; without it one is trained
-    vocab_size: int = 2048
-    steps: int | None = None
-    batch: int | None = None
-    seed: int | None = None
-    checkpoint_every: int = 500
-
-
-def pretrain(options: PretrainOptions) -> None:
-    """Train a story model from text files to a folder in Hugging Face format."""
-    from helpers.training import pretraining  # imports accelerate, which no other command needs
-
-    changed = {k: v for k in ("steps", "batch", "seed") if (v := getattr(options, k)) is not None}
-    settings = replace(pretraining.SIZES[options.size], **changed)
-    stories = [story for source in options.text for story in load_stories(source)]
-    if options.holdout_text:
-        kept, holdout = split_holdout(read_stories(options.holdout_text))
-        stories += kept
-    else:
-        stories, holdout = split_holdout(stories, 0.01)
-    if options.tokenizer:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
-    else:
-        tokenizer = train_tokenizer(stories, options.vocab_size, settings.context)
-    result = pretraining.train(tokenizer, stories, holdout, options.out, settings, options.checkpoint_every)
-    print(json.dumps(result, indent=2))

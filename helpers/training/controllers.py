@@ -15,18 +15,7 @@ from helpers.training.fitting import History
 from helpers.training.settle import train_settle
 from helpers.training.settle_examples import SETTLE_LABEL, settle_examples
 
-CARD = """# Controllers
-
-Small networks that choose KV-cache widths; written by notebook 02. `imitation` is the assignment's own controller (it
-copies the entropy rule), `commit` chooses each token's width when its block is stored, and `settle` ranks the tokens
-of a block when it moves to its final width.
-
-{table}
-
-`helpers.policies.LearnedController.load(folder, name)` reads them. Each is a safetensors file with the means and
-scales of its inputs, and a JSON with everything else. They know one model: train your own with
-`python main.py train`.
-"""
+CARD = Path(__file__).parent / "cards" / "controllers.md"
 
 
 def train_controllers(
@@ -67,5 +56,6 @@ def write_controller_card(folder: str | Path) -> None:
         row = {"controller": f"`{path.stem}`", "reads": ", ".join(about["features"])}
         row["hidden layers"] = " x ".join(map(str, about["hidden"])) or "none"
         rows.append(row | {"label": about["label"], "trained for model": about["model"]})
+    content = CARD.read_text(encoding="utf-8").format(table=pd.DataFrame(rows).to_markdown(index=False))
     with atomic_path(Path(folder) / "README.md") as temporary:
-        temporary.write_text(CARD.format(table=pd.DataFrame(rows).to_markdown(index=False)), encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")

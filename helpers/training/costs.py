@@ -11,12 +11,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.quantization import WIDTHS
-from helpers.cache.store import CENTRE_TOKENS
 from helpers.io.provenance import provenance
 from helpers.io.results import read_keyed, write_keyed, write_table
 from helpers.models.fingerprint import fingerprint
-from helpers.policies.features import surprisal
+from helpers.policies.features import log_probabilities, surprisal_of
 from helpers.training.allocation import optimal_bits
 from helpers.training.exact import HORIZON, exact_costs
 from helpers.training.states import text_states
@@ -47,8 +47,9 @@ def measure_costs(
         row = torch.tensor([ids], device=model.device)
         logits = model(input_ids=row, cache=cache).logits
         states = text_states(cache)
-        own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
-        known = {"surprisal": own, **states.relative_errors(min(WIDTHS))}
+        own = torch.nn.functional.pad(surprisal_of(log_probabilities(logits[:, :-1]), row[:, 1:]), (1, 0))[0]
+        key_error, value_error = (x.mean((0, 1, 2)) for x in states.relative_errors(min(WIDTHS)))
+        known = {"surprisal": own, "key_error": key_error, "value_error": value_error}
         part = table[table["text_id"] == text_id].assign(**{name: x.cpu().numpy() for name, x in known.items()})
         part[COST_COLUMNS] = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
         parts.append(part.assign(horizon=np.minimum(horizon, len(ids) - 1 - np.arange(len(ids)))))

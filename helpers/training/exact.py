@@ -20,7 +20,7 @@ HORIZON = 64
 class _PerturbedLayer(DynamicLayer):
     """Holds a prefix, and puts one extra slot a row behind the new tokens: a token as another width stores it."""
 
-    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor], extra: tuple[torch.Tensor, torch.Tensor]):
+    def __init__(self, prefix: Sequence[torch.Tensor], extra: Sequence[torch.Tensor]):
         super().__init__()
         self.prefix, self.extra = prefix, extra
 
@@ -64,10 +64,10 @@ def exact_costs(
         stop = min(len(ids), int(at.max()) + 1 + horizon)
         window = torch.arange(first, stop, device=model.device)
         layers = []
-        for layer in range(len(states.keys)):
-            prefix = (states.keys[layer][:, :, :first], states.values[layer][:, :, :first])
+        for layer in range(len(full.layers)):
+            prefix = tuple(x[layer][:, :, :first] for x in states.full)
             extra = [torch.cat([stored[w][side][layer][:, :, t : t + 1] for t, _, w in group]) for side in (0, 1)]
-            layers.append(_PerturbedLayer(prefix, tuple(extra)))
+            layers.append(_PerturbedLayer(prefix, extra))
         keys = torch.arange(stop, device=model.device)
         later = window > at[:, None]  # queries that see the token as it is stored
         visible = (keys <= window[:, None]) & ~(later[:, :, None] & (keys == at[:, None, None]))

@@ -66,7 +66,7 @@ def fisher_costs(
     """
     gradients = FisherGradients(model, ids, segment, samples, seed)
     states = gradients.states
-    changes = [(key - states.keys, value - states.values) for key, value in map(states.stored, widths)]
+    changes = [[new - old for old, new in zip(states.full, states.stored(bits))] for bits in widths]
     costs = torch.zeros(len(ids), len(widths), dtype=torch.float64)
     own = torch.arange(len(ids)) // segment
     for start, by_key, by_value in gradients:
@@ -99,7 +99,7 @@ def head_costs(
     changes = [
         [new - old for old, new in zip(states.stored(source), states.stored(target))] for source, target, _ in moves
     ]
-    layers, _, heads, tokens, _ = states.keys.shape
+    layers, _, heads, tokens, _ = states.full[0].shape
     own = torch.arange(tokens) // block
     costs = [torch.full((layers, heads, tokens), torch.nan, dtype=torch.float64) for _ in moves]
     for start, by_key, by_value in gradients:

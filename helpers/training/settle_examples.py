@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.quantization import width_pair
 from helpers.cache.store import Demotion
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import TokenFeatures
 from helpers.policies.learned import settle_inputs
-from helpers.policies.reading import score_blocks
 from helpers.policies.schedules import AgeSchedule
 from helpers.training.fisher import head_costs
 
@@ -47,9 +46,9 @@ class _Recorder(AgeSchedule):
 
     seen: list[Demotion] = field(default_factory=list, compare=False)
 
-    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+    def scores(self, demotion: Demotion) -> torch.Tensor:
         self.seen.append(demotion)
-        return super().scores(demotion, features)
+        return super().scores(demotion)
 
 
 def _by_block(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -81,7 +80,7 @@ def settle_examples(
         for number, (schedule, damage) in enumerate(zip(schedules, damages)):
             recorder = _Recorder(schedule.commit, schedule.steps, "attention x error")
             cache = PackedKVCache(model.config, block=block)
-            for _ in score_blocks(model, row, cache, PolicyDriver(model, cache, recorder), block):
+            for _ in score_blocks(CachedModel(model, cache, PolicyDriver(model, cache, recorder)), row, block):
                 pass
             for seen in recorder.seen:
                 stop = seen.start + seen.key_error.shape[-1]

@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from helpers.cache.attention.received import record_prompt_received
 from helpers.cache.attention.reference import packed_attention
-from helpers.cache.attention.statistics import attention_variance, prompt_received
+from helpers.cache.attention.variance import attention_variance
 from helpers.cache.kv_cache import PACKED_ATTENTION
 from helpers.cache.layer import PackedStates
 
@@ -65,7 +66,7 @@ def packed_attention_forward(
         if record:
             cache.attention_variance = attention_variance(query, tail_keys, attention_mask, scaling)
         if cache.record_received:
-            prompt_received(query, states, attention_mask, scaling)
+            record_prompt_received(query, states, attention_mask, scaling)
         return dense_attention(module, query, tail_keys, tail_values, attention_mask, scaling=scaling)
     attend = choose(query, states, attention_mask, record)
     output, variance = attend(query, states, attention_mask, scaling, record)

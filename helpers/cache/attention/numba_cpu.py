@@ -100,7 +100,7 @@ class _Plan:
     call: _Call | None = None
 
 
-_FIELDS = {
+_COLUMNS = {
     name: getattr(kernel, name.upper())
     for name in ("key_codes", "key_scales", "value_codes", "value_scales", "token", "block_start", "received")
 }
@@ -113,17 +113,17 @@ def _make_plan(store: PackedStore) -> _Plan:
         row[kernel.START], row[kernel.SLOTS], row[kernel.CAPACITY] = bucket.start, bucket.slots, bucket.capacity
         row[kernel.KEY_BITS], row[kernel.VALUE_BITS] = bucket.stage.key_bits, bucket.stage.value_bits
         row[kernel.RAGGED] = bucket.ragged
-        for name, column in _FIELDS.items():
-            if name in bucket.fields:
-                row[column] = bucket.fields[name].data_ptr()
+        for name, tensor in bucket.buffers.named().items():
+            row[_COLUMNS[name]] = tensor.data_ptr()
     parameters = [0] * kernel.PARAMETERS
     parameters[kernel.TABLE], parameters[kernel.BUCKETS] = table.ctypes.data, len(buckets)
-    parameters[kernel.BFLOAT] = int(store.full_dtype == torch.bfloat16)
-    if store.rotation:
-        parameters[kernel.KEY_ROTATION] = store.rotation["key"].data_ptr()
-        parameters[kernel.VALUE_ROTATION] = store.rotation["value"].data_ptr()
-        parameters[kernel.CENTRE] = store.centre.data_ptr()
-        dims = [len(matrix) for matrix in store.rotation.values()]
+    keys, values = store.key, store.value
+    parameters[kernel.BFLOAT] = int(keys.full_dtype == torch.bfloat16)
+    if keys.rotation is not None:
+        parameters[kernel.KEY_ROTATION] = keys.rotation.data_ptr()
+        parameters[kernel.VALUE_ROTATION] = values.rotation.data_ptr()
+        parameters[kernel.CENTRE] = keys.centre.data_ptr()
+        dims = [len(keys.rotation), len(values.rotation)]
         parameters[kernel.HADAMARD] = int(all(dim >= 4 and dim & (dim - 1) == 0 for dim in dims))
     slots = table[:, kernel.SLOTS].tolist()
     pending = int(table[table[:, kernel.RECEIVED] != 0, kernel.SLOTS].sum())

@@ -5,19 +5,17 @@ Keys are stored as `(k - c) R`, values as `v R`. A query sees keys as `q k = (q 
 read in the order in which they lie: softmax does not depend on it.
 """
 
+from collections.abc import Iterator
+
 import torch
 
-from helpers.cache.attention.statistics import (
-    RECEIVED_WINDOW,
-    apply_mask,
-    future_keys,
-    grouped_mask,
-    record_tail_received,
-    row_variance,
-)
-from helpers.cache.bucket import EMPTY, Bucket
+from helpers.cache.attention.received import record_tail_received
+from helpers.cache.attention.variance import row_variance
+from helpers.cache.attention.weights import apply_mask, future_keys, grouped_mask
+from helpers.cache.codec import Codec, Codes
 from helpers.cache.layer import PackedStates
 from helpers.cache.quantization import FULL_WIDTH
+from helpers.cache.tokens import EMPTY, PackedTokens
 
 
 def packed_attention(
@@ -32,27 +30,26 @@ def packed_attention(
     `attention_mask`, bool or additive, is `[B or 1, heads or 1, Q, tokens]` with keys by position; without it the
     queries are the newest tokens and see everything up to themselves. Computed in float32 (float64 where the query
     is). Returns `[B, heads, Q, D]` in the query's dtype and, if asked for, the variance `[B, Q]` of the attention
-    rows, mean over heads. Attention received by pending tokens is added to their bucket where the store records it.
+    rows, mean over heads. Where the cache records attention received (see `received`), it is added to pending tokens
+    and to those of the tail.
     """
     store, layer = states.store, states.layer
     rows, heads, queries, _ = query.shape
     kv_heads = states.tail_keys.shape[1]
     q = query.to(store.dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
-    q_rotated = q_centre = None
-    if store.rotation:
-        q_rotated = q @ store.rotation["key"]
-        q_centre = (q * store.centre[layer][:, :, None, None]).sum(-1, keepdim=True)
     mask = grouped_mask(attention_mask, rows, heads, kv_heads)
+    buckets = states.buckets
+    held = [bucket.held(layer) for bucket in buckets]
 
     scores = []
-    for bucket in states.buckets:
-        part = _bucket_scores(bucket, layer, store, q, q_rotated, q_centre) * scaling
+    packed = _packed_scores(q, store.key, [tokens.key for tokens in held], layer)
+    for bucket, tokens, part in zip(buckets, held, packed, strict=True):
+        part = part * scaling
         if mask is not None:
-            at = bucket.positions(layer).clamp_(max=mask.shape[-1] - 1)[:, :, None, None]
+            at = tokens.positions().clamp_(max=mask.shape[-1] - 1)[:, :, None, None]
             part = apply_mask(part, mask.gather(-1, at.expand(*mask.shape[:-1], at.shape[-1])))
         if bucket.ragged:
-            empty = bucket.view("token", layer) == EMPTY
-            part = part.masked_fill(empty[:, :, None, None], -torch.inf)
+            part = part.masked_fill((tokens.token == EMPTY)[:, :, None, None], -torch.inf)
         scores.append(part)
     tail = (q @ states.tail_keys.to(store.dtype)[:, :, None].mT) * scaling
     if mask is not None:
@@ -65,9 +62,9 @@ def packed_attention(
     weights = scores.softmax(dim=-1)
     # A row of padding sees nothing; its softmax is not a number, and nobody reads what comes of it.
     weights = weights.nan_to_num(0.0) if mask is not None else weights
-    output = _weighted_values(weights, states, layer)
+    output = _weighted_values(weights, states, held)
     if states.cache.record_received and tail.shape[-1] > states.cache.block:
-        record_tail_received(weights[..., -RECEIVED_WINDOW:, -tail.shape[-1] :], states)
+        record_tail_received(weights[..., -tail.shape[-1] :], states)
     variance = None
     if record_variance:
         seen = scores.isfinite().sum(-1)
@@ -75,31 +72,30 @@ def packed_attention(
     return output.flatten(1, 2).to(query.dtype), variance
 
 
-def _bucket_scores(bucket: Bucket, layer: int, store, q, q_rotated, q_centre) -> torch.Tensor:
-    """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of one bucket."""
-    bits = bucket.stage.key_bits
-    keys = store.read(bucket.side("key", layer), "key", bits)[:, :, None]
-    if bits == FULL_WIDTH or q_rotated is None:
-        return q @ keys.mT
-    return q_rotated @ keys.mT + q_centre
+def _packed_scores(q: torch.Tensor, codec: Codec, keys: list[Codes], layer: int) -> Iterator[torch.Tensor]:
+    """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of each bucket."""
+    if codec.rotation is not None:
+        rotated = q @ codec.rotation
+        centred = (q * codec.centre[layer][:, :, None, None]).sum(-1, keepdim=True)
+    for codes in keys:
+        stored = codec.read(codes)[:, :, None].mT
+        plain = codes.bits == FULL_WIDTH or codec.rotation is None
+        yield q @ stored if plain else rotated @ stored + centred
 
 
-def _weighted_values(weights: torch.Tensor, states: PackedStates, layer: int) -> torch.Tensor:
-    store = states.store
-    tail_values = states.tail_values.to(store.dtype)[:, :, None]
+def _weighted_values(weights: torch.Tensor, states: PackedStates, held: list[PackedTokens]) -> torch.Tensor:
+    """Sum of all values by `weights` `[B, H, G, Q, tokens]`, tail last; notes what pending tokens receive."""
+    codec = states.store.value
     plain, rotated, at = 0, 0, 0
-    for bucket in states.buckets:
-        part = weights[..., at : at + bucket.slots]
-        at += bucket.slots
-        bits = bucket.stage.value_bits
-        weighted = part @ store.read(bucket.side("value", layer), "value", bits)[:, :, None]
-        if bits == FULL_WIDTH or not store.rotation:
+    for tokens in held:
+        part = weights[..., at : at + tokens.token.shape[-1]]
+        at += part.shape[-1]
+        weighted = part @ codec.read(tokens.value)[:, :, None]
+        if tokens.value.bits == FULL_WIDTH or codec.rotation is None:
             plain = plain + weighted
         else:
             rotated = rotated + weighted
-        if "received" in bucket.fields:
-            bucket.view("received", layer).add_(part.sum((2, 3)))
-    output = plain + weights[..., at:] @ tail_values
-    if isinstance(rotated, torch.Tensor):
-        output = output + rotated @ store.rotation["value"].T
-    return output
+        if tokens.received is not None:
+            tokens.received.add_(part.sum((2, 3)))
+    output = plain + weights[..., at:] @ states.tail_values.to(codec.dtype)[:, :, None]
+    return output + rotated @ codec.rotation.T if isinstance(rotated, torch.Tensor) else output

@@ -23,10 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from helpers.cache.bucket import EMPTY
 from helpers.cache.layer import PackedStates
 from helpers.cache.quantization import FULL_WIDTH, WIDTHS
 from helpers.cache.store import PackedStore
+from helpers.cache.tokens import EMPTY
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by dense attention
 
@@ -635,7 +635,8 @@ class _Plan:
     pending_pieces: int
     pending: int  # slots whose received attention is recorded
     # The store's, as rows that lie one after another, which theirs need not; that of keys is transposed.
-    rotation: dict[str, torch.Tensor]
+    key_rotation: torch.Tensor | None
+    value_rotation: torch.Tensor | None
     centre: torch.Tensor | None
 
 
@@ -658,23 +659,23 @@ def _plan(store: PackedStore, heads: int) -> _Plan:
         # Equal widths are always compiled, so that a policy that comes to use one does not wait for it.
         stages = tuple(sorted({(b, b) for b in WIDTHS} | {(b.stage.key_bits, b.stage.value_bits) for b in buckets}))
         rows, waiting, turned, pending = [], [], 0, 0
+        rotates = store.value.rotation is not None
         for bucket in buckets:
-            recorded = "received" in bucket.fields
+            tensors, recorded = bucket.buffers.named(), bucket.buffers.received is not None
             fixed = [bucket.start, bucket.capacity, pending if recorded else -1]
-            fixed += [bucket.fields[name].data_ptr() if name in bucket.fields else 0 for name in _COLUMNS[7:]]
+            fixed += [tensors[name].data_ptr() if name in tensors else 0 for name in _COLUMNS[7:]]
             stage = stages.index((bucket.stage.key_bits, bucket.stage.value_bits))
             for first in range(0, bucket.slots, piece_tokens):
                 stop = min(first + piece_tokens, bucket.slots)
                 rows.append([stage, bucket.ragged, first, stop, *fixed, 0, 0])
-                turned += bool(store.rotation) and bucket.stage.value_bits != FULL_WIDTH
+                turned += rotates and bucket.stage.value_bits != FULL_WIDTH
                 if recorded:
                     waiting.append(rows[-1])
             pending += bucket.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
-        turns = {"key": store.rotation["key"].T, "value": store.rotation["value"]} if store.rotation else {}
-        rotation = {side: matrix.contiguous() for side, matrix in turns.items()}
-        centre = store.centre.contiguous() if rotation else None
-        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, rotation, centre)
+        own = (store.key.rotation.T, store.value.rotation, store.key.centre) if rotates else ()
+        own = [matrix.contiguous() for matrix in own] or [None] * 3
+        plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, *own)
         store.derived["triton"] = plan
     return plan
 
@@ -715,17 +716,18 @@ def packed_attention(
     at_once = 1 if grouped == 1 else ROWS_PER_PROGRAM
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
-            plan.table, query, tail_keys, tail_values, plan.rotation.get("key"), plan.centre, mask, scores, partials,
+            plan.table, query, tail_keys, tail_values, plan.key_rotation, plan.centre, mask, scores, partials,
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
             float(scaling), hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
-            TILE=TILE if at_once == 1 and max(dim, value_dim) <= 64 else SMALL_TILE, FULL_TYPE=_TYPES[store.full_dtype],
-            BOOL=attention_mask is not None and boolean, num_warps=WARPS, enable_fp_fusion=True,
+            TILE=TILE if at_once == 1 and max(dim, value_dim) <= 64 else SMALL_TILE,
+            FULL_TYPE=_TYPES[store.key.full_dtype], BOOL=attention_mask is not None and boolean,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _combine[grouped + plan.pending_pieces, rows * kv_heads](
-            plan.table, partials, plan.rotation.get("value"), scores, output, variance,
+            plan.table, partials, plan.value_rotation, scores, output, variance,
             states.layer, kv_heads, groups, queries, plan.committed, plan.turned, pieces, plan.pending,
             ROWS=triton.next_power_of_2(grouped), DV=value_dim, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from helpers.evaluation.benchmark.bars import CPU_TARGETS, CUDA_TARGETS, check_targets
+from helpers.evaluation.benchmark.targets import CPU_TARGETS, CUDA_TARGETS, check_targets
 from helpers.evaluation.benchmark.results import describe_machine, load_benchmarks, ratio_table
 from helpers.publishing.tables.layout import BENCHMARKS, interval, markdown
 
@@ -28,7 +28,7 @@ def benchmark_table(folder: Path = BENCHMARKS) -> str:
             known = target["low"] == target["low"]
             measure = interval(target | {"measured_low": target["low"], "measured_high": target["high"]}, "measured", 2)
             shown = measure if known else f"{target['measured']:.2f}"
-            lines.append(f"* {target['result']}: {target['bar']}; measured {shown}")
+            lines.append(f"* {target['result']}: {target['target']}; measured {shown}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

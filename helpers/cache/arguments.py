@@ -1,0 +1,53 @@
+"""What the cache refuses: models it cannot serve, settings out of range, widths that do not fit the tokens."""
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from helpers.cache.codec import QUANTIZERS
+from helpers.cache.quantization import Widths, check_width, width_pair
+from helpers.cache.tokens import EMPTY
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for encoder-decoder models and for those with other layers than full attention."""
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"PackedKVCache serves decoder-only models; {name} is an encoder-decoder model")
+    text = config.get_text_config(decoder=True)
+    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
+    if other:
+        raise ValueError(f"PackedKVCache serves full attention only; {name} has layers of type {', '.join(other)}")
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        raise ValueError(
+            f"PackedKVCache serves full attention only; {name} has sliding_window={text.sliding_window} "
+            "(set it to None if texts stay shorter)"
+        )
+
+
+def check_settings(block: int, quantizer: str, max_length: int | None) -> None:
+    """Raise `ValueError` for settings of `PackedKVCache` that are out of range."""
+    if not isinstance(block, int) or not 1 <= block < EMPTY:
+        raise ValueError(f"block must lie between 1 and {EMPTY - 1} tokens, got {block!r}")
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer must be one of {QUANTIZERS}, got {quantizer!r}")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length must be a number of tokens, 1 or more, got {max_length!r}")
+
+
+def token_widths(
+    bits: Widths | np.ndarray, rows: int, tokens: int | None, pending: bool
+) -> tuple[tuple[int, int] | np.ndarray, int | None]:
+    """One pair (key bits, value bits) or, where tokens differ, the array `[rows, tokens]`; and how many tokens.
+
+    Raises `ValueError` for other widths than 2, 4, 8, 16, for another shape, and for pending tokens that differ.
+    """
+    if not isinstance(bits, np.ndarray):
+        return width_pair(bits), tokens
+    if bits.ndim != 2 or bits.shape[0] != rows:
+        raise ValueError(f"bits must have shape [{rows}, tokens], one row a sequence; got {list(bits.shape)}")
+    if tokens not in (None, bits.shape[1]):
+        raise ValueError(f"bits holds {bits.shape[1]} tokens a row, but tokens is {tokens}")
+    used = [check_width(width) for width in np.unique(bits).tolist()]
+    if pending and len(used) > 1:
+        raise ValueError(f"pending tokens must share one width, got {used}")
+    return (used[0], used[0]) if len(used) == 1 else bits, bits.shape[1]

@@ -1,0 +1,46 @@
+"""Attention weights over plain keys, in plain PyTorch, and the masks that go into them.
+
+No fused kernel gives its weights, so what is recorded of them (`variance`, `received`) is worked out here.
+"""
+
+import torch
+
+
+def plain_weights(
+    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[B, H, G, Q, tokens]` of the newest queries over all keys, and how many keys each query sees.
+
+    `query` is `[B, H * G, Q, D]`, `keys` `[B, H, tokens, D]`: G query heads share a key/value head.
+    """
+    rows, heads, queries, _ = query.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
+    scores = q @ keys.to(dtype)[:, :, None].mT * scaling
+    if attention_mask is None:
+        scores = scores.masked_fill(future_keys(queries, tokens, query.device), -torch.inf)
+    else:
+        scores = apply_mask(scores, grouped_mask(attention_mask, rows, heads, kv_heads))
+    return scores.softmax(-1).nan_to_num(0.0), scores.isfinite().sum(-1)
+
+
+def grouped_mask(mask: torch.Tensor | None, rows: int, heads: int, kv_heads: int) -> torch.Tensor | None:
+    """The mask as `[B, H, G, Q, tokens]`, a view where it is the same for all heads."""
+    if mask is None:
+        return None
+    return mask.expand(rows, heads, *mask.shape[2:]).unflatten(1, (kv_heads, heads // kv_heads))
+
+
+def apply_mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores with -inf where `mask`, bool or additive, hides a key."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    hidden = mask <= torch.finfo(mask.dtype).min  # how transformers writes "not visible" additively
+    return (scores + mask.to(scores.dtype)).masked_fill(hidden, -torch.inf)
+
+
+def future_keys(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """True where a key is newer than its query; the queries are the newest of the keys."""
+    query_at = torch.arange(keys - queries, keys, device=device)
+    return torch.arange(keys, device=device) > query_at[:, None]
