@@ -1,23 +1,10 @@
-"""What readers see: figures from plain tables, widgets, executed notebooks, and the documents' tables.
+"""What readers see: figures from plain tables, widgets, executed notebooks, and the tables of the documents.
 
-`plots` has every figure, `explorers` the widgets of JupyterLab, `tables` what stands in the documents (`blocks` writes
-it there), `command` runs the notebooks. Nothing is measured here: tables come from the packages before this one.
+`plots` has every figure, `explorers` the widgets of JupyterLab; what notebooks do not need is not imported here:
+`tables` (what stands in the documents), `blocks` (writes it there), `execution` and `tidying` (run notebooks),
+`command` (`python -m helpers.publishing`). Nothing is measured here: tables come from the packages before this one.
 """
 
 from helpers.publishing import explorers, plots
-from helpers.publishing.blocks import stale_blocks, write_documents
-from helpers.publishing.execution import publish, publish_fast
-from helpers.publishing.plots import save_figure
-from helpers.publishing.tidying import faults, tidy
 
-__all__ = [
-    "explorers",
-    "faults",
-    "plots",
-    "publish",
-    "publish_fast",
-    "save_figure",
-    "stale_blocks",
-    "tidy",
-    "write_documents",
-]
+__all__ = ["explorers", "plots"]
