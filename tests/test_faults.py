@@ -494,15 +494,15 @@ def test_out_of_memory_in_the_gate(capsys, tiny_folder):
 
 
 def test_out_of_memory_on_the_command_line_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
-    from helpers.models import loading as models
+    from helpers.training import commands
 
-    real = models.load_model
+    real = commands.load_model
 
     def load(*args, **settings):
         model, tokenizer = real(*args, **settings)
         return hungry(30, model), tokenizer
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
     command = ["collect", "--model", str(tiny_folder), "--count", "3", "--max-tokens", "60"]
     assert main.main([*command, "--out", str(tmp_path / "t.csv")]) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]

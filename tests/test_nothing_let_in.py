@@ -416,7 +416,7 @@ def imported(paths) -> set[str]:
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 LOCAL = {"helpers", "main", *(path.stem for path in TESTS)}
 # Asked for without being imported by this project: commands, and what other packages load.
-TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "pytest-xdist", "ruff"}
+TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "pytest-xdist", "ruff", "tabulate"}
 
 
 KNOWN = packages_distributions()
@@ -456,58 +456,66 @@ def test_versions_are_bounded_above():
             assert "==" in demand or ("<" in demand and ">=" in demand), demand
 
 
-# Arrows between the modules
+# Arrows between the packages, and between the modules of each
 
 
-# What a module of the core may import of the others; those that are not listed may import what they need.
-ARROWS = {
-    "quantization": set(),
-    "features": set(),
-    "metrics": set(),
-    "files": set(),
-    "hub": set(),
-    "packed_store": {"quantization"},
-    "kv_cache": {"packed_store", "quantization"},
-    "memory": {"kv_cache"},
-    "attention": {"features", "kv_cache", "packed_store", "quantization"},
-    "policies": {"features", "packed_store", "quantization"},
-    "plots": {"files", "packed_store", "quantization"},
+ORDER = ["io", "cache", "models", "policies", "evaluation", "training", "gate", "publishing"]
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "helpers").rglob("*.py"))
 }
-LATE = {("gate", "calibration")}  # inside a method, so that `EntropyGate.calibrate` can be called where the gate is
 
 
-def arrows() -> dict[str, set[str]]:
-    """Module (a package counts as one) -> modules of `helpers` that it imports anywhere."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "helpers").rglob("*.py"):
-        module = path.relative_to(ROOT / "helpers").parts[0].removesuffix(".py")
-        into = found.setdefault(module, set())
-        for node in ast.walk(code_of(path)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
-                parts = node.module.split(".")
-                into |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-            elif isinstance(node, ast.Import):
-                into |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("helpers.")}
-        into.discard(module)
-    return found
+def imports_of(path: Path, types: bool = True) -> set[str]:
+    """Modules of `helpers` that a file imports anywhere: at the top, inside functions, and for `types` alone."""
+    into, tree = set(), code_of(path)
+    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"]
+    only_types = {inner for node in guarded for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in only_types and not types:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            into |= {name if name in SOURCES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            into |= {alias.name for alias in node.names}
+    return {name for name in into if name.split(".")[0] == "helpers"}
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_the_core_imports_only_what_lies_below_it(module):
-    assert arrows()[module] <= ARROWS[module]
+def floor(module: str) -> int:
+    """The place of a module's package in the order."""
+    return ORDER.index(module.split(".")[1])
 
 
-def test_arrows_run_one_way():
-    """Modules can be put in an order in which each imports only earlier ones."""
-    left = {module: into - {late for at, late in LATE if at == module} for module, into in arrows().items()}
+@pytest.mark.parametrize("module", [module for module in SOURCES if module != "helpers"])
+def test_packages_import_only_from_those_before_them(module):
+    above = {name for name in imports_of(SOURCES[module]) if name == "helpers" or floor(name) > floor(module)}
+    assert above == set()
+
+
+def test_the_gate_needs_nothing_that_measures_it():
+    for module, path in SOURCES.items():
+        if module.startswith("helpers.gate.") and not module.startswith("helpers.gate.study"):
+            assert not {name for name in imports_of(path) if name.startswith("helpers.gate.study")}, module
+
+
+def test_modules_import_one_way():
+    """They can be put in an order in which each imports only earlier ones, annotations aside."""
+    left = {module: imports_of(path, types=False) - {module} for module, path in SOURCES.items()}
     while left:
         ready = {module for module, into in left.items() if not into & left.keys()}
         assert ready, f"these import each other: {sorted(left)}"
         left = {module: into for module, into in left.items() if module not in ready}
 
 
+def test_modules_import_what_they_need_from_where_it_is_defined():
+    """Not from a package's door, which is for users: `helpers` itself could run into circles there."""
+    doors = {f"helpers.{package}" for package in (*ORDER, "gate.study")}
+    for module, path in SOURCES.items():
+        assert not imports_of(path) & doors, module
+
+
 def test_nothing_imports_what_runs_it():
-    for module, into in arrows().items():
-        assert not into & {"publish", "main", "notebooks"}, module
     for path in MODULES:
         assert "main" not in imported([path]), path

@@ -119,14 +119,14 @@ def test_two_processes_take_up_what_one_left(tiny_folder, sources, tmp_path, mon
 FEW_METHODS = """
 import sys
 import main
-from helpers.evaluation import methods
+from helpers.evaluation import commands
 from helpers.policies.schedules import AgeSchedule
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.policy import Step
 from helpers.evaluation.methods import FullPrecision, Group, PackedMethod
 
 schedule = PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), "random"))
-methods.default_methods = lambda controllers: [
+commands.default_methods = lambda controllers: [
     Group("full precision", [FullPrecision()]),
     Group("static", [PackedMethod(FixedBits(4))]),
     Group("rule", [PackedMethod(EntropyRule((3.0, 4.0, 5.0)))], random_control=True),
