@@ -16,13 +16,12 @@ from test_gate import PROMPTS, TEXTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from helpers.cache.kv_cache import PackedKVCache
-from helpers.gate.calibration import calibrate
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.policy import Step
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.training.collection import collect
 from helpers.training.table import COLUMNS, read_training_data
@@ -163,7 +162,7 @@ def test_logits_that_are_no_numbers_stop_a_policy_that_reads_them(value):
     driver = PolicyDriver(model, cache, RULE)
     message = r"logits of tokens 16 to 23 hold NaN or infinity: 'rule-based dynamic' has no entropy to choose by"
     with pytest.raises(ValueError, match=message):
-        list(score_blocks(model, random_ids(2, 40), cache, driver, 8))
+        list(score_blocks(CachedModel(model, cache, driver), random_ids(2, 40), 8))
     assert cache.committed == 16
 
 
@@ -184,7 +183,7 @@ def test_the_gate_names_logits_that_are_no_numbers(pair, value):
     with pytest.raises(
         ValueError, match=r"logits hold NaN or infinity after \d+ of \d+ tokens of the calibration texts"
     ):
-        calibrate(broken, tokenizer, TEXTS, progress=False)
+        EntropyGate.calibrate(broken, tokenizer, TEXTS, progress=False)
 
 
 # Texts
@@ -193,7 +192,7 @@ def test_the_gate_names_logits_that_are_no_numbers(pair, value):
 def test_texts_beyond_the_context_are_refused_before_anything_is_computed(model, tmp_path):
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match=r"a text of 500 tokens and max_new_tokens=13 does not fit .* \(512 tokens\)"):
-        decode(model, random_ids(1, 500), cache, max_new_tokens=13)
+        decode(CachedModel(model, cache), random_ids(1, 500), max_new_tokens=13)
     assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match=r"a text of 513 tokens does not fit into the context of this llama model"):
         collect(model, [[3] * 40, [3] * 513], tmp_path / "t.csv", RULE)
@@ -216,12 +215,12 @@ def test_a_text_without_tokens_is_refused(model):
     empty = torch.zeros(1, 0, dtype=torch.long)
     for settings in ({"forced": True}, {"max_new_tokens": 3}):
         with pytest.raises(ValueError, match="input_ids holds no token"):
-            decode(model, empty, DynamicCache(config=model.config), **settings)
+            decode(CachedModel(model), empty, **settings)
     cache = PackedKVCache(model.config)
     with pytest.raises(ValueError, match="input_ids holds no token"):
         PolicyDriver(model, cache, RULE).prefill({"input_ids": empty})
     with pytest.raises(ValueError, match="input_ids holds no token"):
-        next(score_blocks(model, empty, cache))
+        next(score_blocks(CachedModel(model, cache), empty))
 
 
 # Settings
@@ -313,7 +312,7 @@ def test_what_a_policy_may_not_say(model, said):
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, policy)
     with pytest.raises(ValueError, match=SAID.get(said, r"bits must be one of \(2, 4, 8, 16\), got")):
-        list(score_blocks(model, random_ids(2, 24), cache, driver, 16))
+        list(score_blocks(CachedModel(model, cache, driver), random_ids(2, 24), 16))
     assert cache.committed == 0
 
 

@@ -1,6 +1,7 @@
 """The benchmark on tiny shapes: every method runs and computes what it should, files, bars, memory that runs out."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,26 +9,26 @@ import pytest
 import torch
 from conftest import tiny_model
 from matplotlib.figure import Figure
-from transformers import DynamicCache, LlamaConfig
+from transformers import LlamaConfig
 
 import main
 from helpers.evaluation.benchmark import measuring as benchmark
 from helpers.evaluation.benchmark import runs as benchmark_runs
-from helpers.evaluation.benchmark.bars import CPU_TARGETS, CUDA_TARGETS, Target, check_targets
 from helpers.evaluation.benchmark.cases import Case, Settings, plan
 from helpers.evaluation.benchmark.measuring import interleave, run
 from helpers.evaluation.benchmark.methods import METHODS
 from helpers.evaluation.benchmark.results import (
     COLUMNS,
+    benchmark_report,
     describe_machine,
     device_slug,
     load_benchmarks,
     ratio_table,
-    report,
     save_benchmarks,
 )
 from helpers.evaluation.benchmark.runs import AttentionRun, DecodeRun, PrefillRun, fill_cache, read_bytes
-from helpers.evaluation.methods import PackedMethod
+from helpers.evaluation.benchmark.targets import CPU_TARGETS, CUDA_TARGETS, Target, check_targets
+from helpers.evaluation.methods import FullPrecision, PackedMethod
 from helpers.models import shapes
 from helpers.models.shapes import SHAPES, random_model, shape_config, weight_count
 from helpers.policies.rules import FixedBits
@@ -110,15 +111,14 @@ def test_read_bytes_are_those_of_codes_and_scales():
 @pytest.mark.parametrize("tokens", [16, 40, 100])
 def test_filling_commits_as_a_prompt_does(tokens, monkeypatch):
     monkeypatch.setattr(benchmark_runs, "FILL_BYTES", 2 * 2 * 32 * 4 * 2 * 32)  # portions of 32 tokens
-    config = LlamaConfig(**TINY)
-    model = tiny_model("llama")
-    cache, driver = PackedMethod(FixedBits(4)).open(model)
-    fill_cache(cache, driver, config, tokens, 2, CPU, torch.float32)
-    assert cache.get_seq_length() == tokens
-    assert cache.committed == tokens // 16 * 16
-    plain = DynamicCache(config=config)
-    fill_cache(plain, None, config, tokens, 2, CPU, torch.float32)
-    assert plain.get_seq_length() == tokens
+    model = SimpleNamespace(config=LlamaConfig(**TINY), device=CPU, dtype=torch.float32)
+    cached = PackedMethod(FixedBits(4)).open(model)
+    fill_cache(cached, tokens, 2)
+    assert cached.length == tokens
+    assert cached.cache.committed == tokens // 16 * 16
+    plain = FullPrecision().open(model)
+    fill_cache(plain, tokens, 2)
+    assert plain.length == tokens
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -130,12 +130,12 @@ def test_every_method_decodes_whole_blocks(key, prompt):
     run = DecodeRun(method, tiny_model("llama"), 64, 2, rounds=2, prompt=prompt)
     assert run.measure() > 0
     assert run.measure() > 0
-    assert int(run.cache.get_seq_length()) == 64 + 3 * 16
+    assert int(run.cached.length) == 64 + 3 * 16
     facts = run.facts()
     assert facts["stored_bytes"] >= facts["live_bytes"] > 0
     assert facts["peak_bytes"] == facts["stored_bytes"]
-    if run.driver is not None:
-        assert run.cache.tail_length == 0, "a commit falls into every round"
+    if run.cached.driver is not None:
+        assert run.cached.cache.tail_length == 0, "a commit falls into every round"
 
 
 @pytest.mark.parametrize("key", ["dynamic", "static-cache", "4", "learned"])
@@ -143,8 +143,8 @@ def test_prefill_commits_what_it_read(key):
     run = PrefillRun(METHODS[key](), tiny_model("llama"), 70, 1)
     for _ in range(2):
         assert run.measure() > 0
-        assert int(run.cache.get_seq_length()) == 70
-    assert key in ("dynamic", "static-cache") or run.cache.committed == 64
+        assert int(run.cached.length) == 70
+    assert key in ("dynamic", "static-cache") or run.cached.cache.committed == 64
 
 
 class FakeRun:
@@ -172,10 +172,10 @@ def test_running_out_of_memory_costs_one_method_only():
     openers = {"good": lambda: FakeRun([9.0, 1.0, 2.0])}
     openers |= {name: lambda error=error: FakeRun([5.0, error]) for name, error in errors.items()}
     ticks = []
-    times, facts, failed = interleave(openers, 2, True, 0, lambda: ticks.append(1))
-    assert times == {"good": [1.0, 2.0]}, "the warm-up round does not count"
-    assert failed.keys() == errors.keys()
-    assert "good" in facts
+    found = interleave(openers, 2, True, 0, lambda: ticks.append(1))
+    assert found.times == {"good": [1.0, 2.0]}, "the warm-up round does not count"
+    assert found.failed.keys() == errors.keys()
+    assert "good" in found.facts
     assert len(ticks) == 4 * 3
 
 
@@ -183,9 +183,9 @@ def test_only_errors_of_others_are_survived():
     openers = {"bad": lambda: FakeRun([ValueError("no compiler")]), "good": lambda: FakeRun([1.0, 2.0])}
     with pytest.raises(ValueError, match="no compiler"):
         interleave(openers, 1, True, 0, lambda: None)
-    times, _, failed = interleave(openers, 1, True, 0, lambda: None, foreign=["bad"])
-    assert failed == {"bad": "no compiler"}
-    assert times == {"good": [2.0]}
+    found = interleave(openers, 1, True, 0, lambda: None, foreign=["bad"])
+    assert found.failed == {"bad": "no compiler"}
+    assert found.times == {"good": [2.0]}
 
 
 def test_runs_are_kept_open_or_opened_anew():
@@ -212,7 +212,7 @@ def test_a_method_without_memory_has_a_row_that_says_so(tiny_shapes, monkeypatch
 
 
 def test_cases_that_cannot_fit_are_left_out(tiny_shapes, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: 1000)
     table, _ = run(Settings(("decode", "attention"), contexts=(64,), rounds=1), CPU, torch.float32, progress=False)
     assert table.empty
     assert capsys.readouterr().out.count("left out, it needs") == 2
@@ -286,9 +286,10 @@ def test_bars_are_computed_from_rounds():
     ]  # fmt: skip
     assert checked["low"][0] <= 0.9 <= checked["high"][0]
     assert (
-        checked["bar"][0] == "decode, SmolLM-135M, 4,096 tokens: static 4-bit at most 0.95 of the time of DynamicCache"
+        checked["target"][0]
+        == "decode, SmolLM-135M, 4,096 tokens: static 4-bit at most 0.95 of the time of DynamicCache"
     )
-    text = report(table, checked, 10.0)
+    text = benchmark_report(table, checked, 10.0)
     assert "met: 0.90" in text
     assert "not measured" not in text
     assert (check_targets(pd.DataFrame(columns=COLUMNS), bars)["result"] == "not measured").all()

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from test_features import attention_variance
 
-from helpers.policies.features import attention_variance, confidence, entropy
+from helpers.policies.features import confidence_of, entropy_of, log_probabilities
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.training import collection
@@ -44,8 +45,9 @@ def test_columns_are_what_they_say(model, texts, tmp_path):
             out = eager(input_ids=torch.tensor([text]), output_attentions=True)
         rows = table[table.text_id == text_id]
         n = len(text) - 1
-        np.testing.assert_allclose(rows.entropy, entropy(out.logits)[0, :n], atol=2e-3)
-        np.testing.assert_allclose(rows.confidence, confidence(out.logits)[0, :n], atol=2e-3)
+        log_p = log_probabilities(out.logits)
+        np.testing.assert_allclose(rows.entropy, entropy_of(log_p)[0, :n], atol=2e-3)
+        np.testing.assert_allclose(rows.confidence, confidence_of(log_p)[0, :n], atol=2e-3)
         np.testing.assert_allclose(rows.attn_var, attention_variance(out.attentions[-1])[0, :n], atol=2e-3)
         np.testing.assert_allclose(rows.rarity, rarity[at : at + n], atol=1e-5)
         hits = (out.logits[0, :-1].argmax(-1) == torch.tensor(text[1:])).float()

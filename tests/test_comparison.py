@@ -1,20 +1,20 @@
-"""The comparison: every store through the same measures, multiple choice through the cache, and the command."""
+"""The comparison: every method through the same measures, multiple choice through the cache, and the command."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import random_ids, tiny_model
-from transformers import DynamicCache
 
 import main
 from helpers.cache.accounting import code_bits, stored_bytes
-from helpers.evaluation.comparison import compare, standard_pairs
+from helpers.evaluation.comparison import compare_methods, standard_pairs
 from helpers.evaluation.latency import controller_share, time_decoding
 from helpers.evaluation.length import against_length, follow_text
-from helpers.evaluation.methods import FullPrecision, PackedMethod, StockQuantized, stock_methods
+from helpers.evaluation.methods import FullPrecision, Group, PackedMethod, StockQuantized, stock_methods
 from helpers.evaluation.multiple_choice import _second_pass, ending_log_likelihoods, score_items
 from helpers.models.items import MultipleChoice, load_multiple_choice
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
@@ -36,20 +36,16 @@ def model_and_tokenizer():
 
 @pytest.fixture(scope="module")
 def comparison(model_and_tokenizer):
-    groups = {
-        "full precision": [FullPrecision()],
-        "static": [
-            PackedMethod(FixedBits(16)),
-            PackedMethod(FixedBits(4)),
-            PackedMethod(FixedBits(4), quantizer="minmax"),
-        ],
-        "rule": [PackedMethod(EntropyRule((1.0, 2.0, 3.0)))],
-        "schedule": [
-            PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), r)) for r in ("random", "attention x error")
-        ],
-    }
+    static = [PackedMethod(FixedBits(16)), PackedMethod(FixedBits(4)), PackedMethod(FixedBits(4), quantizer="minmax")]
+    schedules = [PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), r)) for r in ("random", "attention x error")]
+    groups = [
+        Group("full precision", [FullPrecision()]),
+        Group("static", static),
+        Group("rule", [PackedMethod(EntropyRule((1.0, 2.0, 3.0)))], random_control=True),
+        Group("schedule", schedules, chooses_endings=False),
+    ]
     ids = random_ids(5, 96)
-    return compare(*model_and_tokenizer, ids, [ITEM] * 3, groups, first=32, rounds=1, batch=2)
+    return compare_methods(*model_and_tokenizer, ids, [ITEM] * 3, groups, first=32, rounds=1, batch=2)
 
 
 def test_one_row_a_method_with_everything(comparison):
@@ -95,8 +91,8 @@ def test_paired_differences(comparison):
 
 def test_multiple_choice_through_a_cache_that_loses_nothing(model_and_tokenizer):
     plain, lengths = ending_log_likelihoods(*model_and_tokenizer, ITEM)
-    for store in (FullPrecision(), PackedMethod(FixedBits(16))):
-        through, same = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
+    for method in (FullPrecision(), PackedMethod(FixedBits(16))):
+        through, same = ending_log_likelihoods(*model_and_tokenizer, ITEM, method)
         assert through == pytest.approx(plain, abs=0.02)
         assert same.tolist() == lengths.tolist()
     rough, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, PackedMethod(FixedBits(2)))
@@ -105,7 +101,7 @@ def test_multiple_choice_through_a_cache_that_loses_nothing(model_and_tokenizer)
 
 def test_one_token_endings_need_no_second_pass(model_and_tokenizer):
     model, _ = model_and_tokenizer
-    logits = _second_pass(model, DynamicCache(config=model.config), torch.tensor([[5], [6]]))
+    logits = _second_pass(CachedModel(model), torch.tensor([[5], [6]]))
     assert logits.shape == (2, 0, model.config.vocab_size)
     assert score_items(*model_and_tokenizer, [ITEM], PackedMethod(FixedBits(4))).shape == (1, 2)
 
@@ -134,23 +130,22 @@ def test_real_items_of_another_set(shared):
 
 def test_timing_and_lengths(model_and_tokenizer):
     model, _ = model_and_tokenizer
-    stores = [FullPrecision(), PackedMethod(FixedBits(4))]
-    times = time_decoding(model, random_ids(1, 60)[0], stores, rounds=2, prompt=32, steps=16)
+    methods = [FullPrecision(), PackedMethod(FixedBits(4))]
+    times = time_decoding(model, random_ids(1, 60)[0], methods, rounds=2, prompt=32, steps=16)
     assert times.latency_ratio[0] == 1
     assert (times.latency_ms > 0).all()
-    lengths = against_length(model, stores, (64, 128), steps=4)
+    lengths = against_length(model, methods, (64, 128), steps=4)
     grown = lengths.pivot(index="method", columns="tokens", values="live_bytes")
     assert grown.loc["full precision", 128] == pytest.approx(2 * grown.loc["full precision", 64])
-    share = controller_share(model, random_ids(1, 60)[0], stores[1], prompt=32, steps=16, rounds=1)
+    share = controller_share(model, random_ids(1, 60)[0], methods[1], prompt=32, steps=16, rounds=1)
     assert 0 < share["share"] < 1
 
 
 def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, capsys):
     model, _ = model_and_tokenizer
     policy = AgeSchedule(8, (Step(1, 2, keep=0.25),))
-    followed = follow_text(
-        model, random_ids(1, 64)[0], {"schedule": [PackedMethod(policy)], "full precision": [FullPrecision()]}
-    )
+    groups = [Group("schedule", [PackedMethod(policy)]), Group("full precision", [FullPrecision()])]
+    followed = follow_text(model, random_ids(1, 64)[0], groups)
     assert followed["tokens"].tolist() == [16, 32, 48, 64] * 2
     assert [np.mean(bits) for bits in followed["bits"]][4:] == [16.0] * 4
     box = explorers.width_explorer(followed, [f"t{i}" for i in range(64)])
@@ -166,19 +161,17 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
 
 
 def test_stock_caches_where_installed(model_and_tokenizer):
-    stores = stock_methods()
-    if not stores:
+    methods = stock_methods()
+    if not methods:
         pytest.skip("no backend of the stock quantized cache is installed (pip install -e .[peers])")
     model, _ = model_and_tokenizer
-    for store in stores:
-        cache, driver = store.open(model)
-        assert driver is None
-        with torch.no_grad():
-            for part in random_ids(1, 200).split(100, dim=1):
-                model(input_ids=part, cache=cache)
-        assert 0 < stored_bytes(cache) < 200 * 2 * 2 * 2 * 32 * 4
-        assert np.isnan(code_bits(cache))
-        sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, store)
+    for method in methods:
+        cached = method.open(model)
+        for part in random_ids(1, 200).split(100, dim=1):
+            cached.read(part)
+        assert 0 < stored_bytes(cached.cache) < 200 * 2 * 2 * 2 * 32 * 4
+        assert np.isnan(code_bits(cached.cache))
+        sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, method)
         assert np.isfinite(sums).all()
     assert StockQuantized("quanto").name != StockQuantized("hqq").name
 
@@ -189,11 +182,11 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     common = ["--model", str(tiny_folder), "--texts", str(texts)]
     controllers = tmp_path / "controllers"
     assert main.main(["train", *common, "--rows", "3", "--out", str(controllers)]) == 0
-    assert {"seed.safetensors", "commit.json", "settle.safetensors"} <= {p.name for p in controllers.iterdir()}
+    assert {"imitation.safetensors", "commit.json", "settle.safetensors"} <= {p.name for p in controllers.iterdir()}
     arguments = ["--controllers", str(controllers), "--count", "3", "--max-rows", "2", "--rounds", "0"]
     assert main.main(["compare", *common, *arguments, "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "baseline_comparison_tiny.csv")
-    assert {"full precision", "static 4-bit", "rule-based dynamic", "learned, seed"} <= set(table.method)
+    assert {"full precision", "static 4-bit", "rule-based dynamic", "learned, imitation"} <= set(table.method)
     assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
     assert "best 25% by learned score" in capsys.readouterr().out
     assert main.main(["compare", *common, "--controllers", str(tmp_path / "none")]) == 1

@@ -38,10 +38,10 @@ from helpers.gate.study.baselines import plain_generate
 from helpers.io.atomic import atomic_path
 from helpers.io.paths import ROOT
 from helpers.io.results import write_json
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.learned import LearnedController
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.training.collection import collect, collect_text
 from helpers.training.pretraining import train
@@ -124,9 +124,9 @@ class Training:
 
     @staticmethod
     def _load(folder: Path) -> dict:
-        loaded = {name: LearnedController.load(folder, name) for name in ("seed", "commit", "settle")}
+        loaded = {name: LearnedController.load(folder, name) for name in ("imitation", "commit", "settle")}
         return {
-            name: ((each.commit_net or each.settle_net).layers.state_dict(), each.rates, each.start_counts)
+            name: (each.network.layers.state_dict(), getattr(each, "rates", None), each.start_counts)
             for name, each in loaded.items()
         }
 
@@ -457,12 +457,12 @@ def test_out_of_memory_names_the_bytes_of_the_cache_and_what_to_lower():
     model, batch = hungry(2), left_padded([40, 31])
     cache = PackedKVCache(model.config, block=8)
     with pytest.raises(torch.OutOfMemoryError, match=rf"reading a text: .* for 3 tokens a row .*{LOWER}.*{TORCH}"):
-        decode(model, batch["input_ids"], cache, forced=True)
+        decode(CachedModel(model, cache), batch["input_ids"], forced=True)
     ids = batch["input_ids"]
     for last, run in (
         (0, lambda model, cache: PolicyDriver(model, cache, EntropyRule()).prefill(batch)),
-        (5, lambda model, cache: decode(model, ids, cache, max_new_tokens=20)),
-        (2, lambda model, cache: list(score_blocks(model, ids, cache, block=8))),
+        (5, lambda model, cache: decode(CachedModel(model, cache), ids, max_new_tokens=20)),
+        (2, lambda model, cache: list(score_blocks(CachedModel(model, cache), ids, block=8))),
     ):
         model = hungry(last)
         cache = PackedKVCache(model.config, bits=4, block=8)
@@ -477,7 +477,7 @@ def test_out_of_memory_beside_an_unpacked_cache_offers_the_packed_one():
     model = hungry(3)
     cache = DynamicCache(config=model.config)
     with pytest.raises(torch.OutOfMemoryError, match="while writing: ") as caught:
-        decode(model, random_ids(1, 20), cache, max_new_tokens=9)
+        decode(CachedModel(model, cache), random_ids(1, 20), max_new_tokens=9)
     bytes_held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     assert caught.match(in_full(bytes_held))
     assert caught.match(r"or store keys and values at 4 bits with PackedKVCache\(model.config, bits=4\)")
@@ -486,7 +486,7 @@ def test_out_of_memory_beside_an_unpacked_cache_offers_the_packed_one():
 def test_out_of_memory_in_the_gate(capsys, tiny_folder):
     tokenizer = make_tokenizer()
     small, large = make_model(tokenizer, 0), hungry(2, make_model(tokenizer, 1))
-    message = r"out of memory while reading \d+ token\(s\) of a gated text: the cache of llama holds [\d,]+ bytes"
+    message = r"out of memory while reading \d+ token\(s\) after \d+: the cache of llama holds [\d,]+ bytes"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         gated_generate(small, large, tokenizer, PROMPTS[0], EntropyGate(-1.0), 20)
     with pytest.raises(torch.OutOfMemoryError, match="max_new_tokens, the length of the prompt"):
@@ -494,15 +494,15 @@ def test_out_of_memory_in_the_gate(capsys, tiny_folder):
 
 
 def test_out_of_memory_on_the_command_line_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
-    from helpers.models import loading as models
+    from helpers.training import commands
 
-    real = models.load_model
+    real = commands.load_model
 
     def load(*args, **settings):
         model, tokenizer = real(*args, **settings)
         return hungry(30, model), tokenizer
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(commands, "load_model", load)
     command = ["collect", "--model", str(tiny_folder), "--count", "3", "--max-tokens", "60"]
     assert main.main([*command, "--out", str(tmp_path / "t.csv")]) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]

@@ -5,16 +5,27 @@ import math
 import pytest
 import torch
 
-from helpers.policies.features import TokenFeatures, attention_variance, confidence, entropy
+from helpers.cache.attention.variance import row_variance
+from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    return entropy_of(log_probabilities(logits))
+
+
+def attention_variance(weights: torch.Tensor) -> torch.Tensor:
+    """Mean over heads of the spread of each query's attention: `[..., heads, queries, keys]` to `[..., queries]`."""
+    queries, keys = weights.shape[-2:]
+    return row_variance(weights, torch.arange(keys - queries + 1, keys + 1)).mean(dim=-2)
 
 
 def test_entropy_by_hand():
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
     expected = [1.5 * math.log(2), 0.0, math.log(4)]
     assert entropy(p.log()).tolist() == pytest.approx(expected, abs=1e-6)
-    assert confidence(p.log()).tolist() == pytest.approx([0.5, 1.0, 0.25])
+    assert confidence_of(log_probabilities(p.log())).tolist() == pytest.approx([0.5, 1.0, 0.25])
 
 
 def test_entropy_is_computed_in_float32_whatever_the_logits_are():

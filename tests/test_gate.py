@@ -11,31 +11,32 @@ import pytest
 import torch
 from conftest import tiny_config
 from matplotlib import pyplot as plt
+from reference_gate import reference_gated_generate
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
 import main
 from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.kv_cache import PackedKVCache
-from helpers.gate.calibration import calibrate, text_signals
+from helpers.gate.calibration import text_signals
 from helpers.gate.correction import correct_by_bisection, measure_usage
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import check_same_tokens, prompt_ids
-from helpers.gate.signals import SIGNALS, entropy_bits, uncertainty
-from helpers.gate.study.baselines import plain_generate, reference_gated_generate
+from helpers.gate.signals import SIGNALS
+from helpers.gate.study.baselines import plain_generate
 from helpers.gate.study.caches import evaluate_large_caches
 from helpers.gate.study.evaluation import METHODS, evaluate_gate
 from helpers.gate.study.prompts import fit_prompts, sample_articles
-from helpers.gate.study.summaries import compare, speed_against_ideal, summarise_gates, summarise_methods
-from helpers.gate.study.sweep import gains_over_random, sweep, threshold_on_gated_text
+from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_gates, summarise_methods
+from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
 from helpers.io.paths import ROOT
-from helpers.models.articles import load_articles, load_paragraphs, read_articles
+from helpers.models.articles import load_articles, load_paragraphs
 from helpers.models.fingerprint import fingerprint
 from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import entropy
+from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
@@ -87,7 +88,7 @@ USAGES = {0.0: (0, 0), 0.1: (0.03, 0.25), 0.5: (0.3, 0.7), 1.0: (1, 1)}
 @pytest.mark.parametrize("signal", ["entropy", "max_prob", "margin", "random"])
 @pytest.mark.parametrize("usage", USAGES)
 def test_the_cached_gate_writes_what_the_reference_writes(pair, signal, usage):
-    gate = threshold_on_gated_text(*pair, PROMPTS[:2], signal, usage, 30)
+    gate = threshold_on_gated_text(pair, PROMPTS[:2], signal, usage, 30)
     results = [gated_generate(*pair, prompt, gate, 30) for prompt in PROMPTS[:2]]
     for prompt, result in zip(PROMPTS, results):
         same(result, reference_gated_generate(*pair, prompt, gate, 30))
@@ -131,7 +132,7 @@ def test_the_large_model_is_idle_until_the_gate_fires(pair):
         lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.2, 40)
+        gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.2, 40)
         read.clear()
         result = gated_generate(*pair, PROMPTS[0], gate, 40)
     finally:
@@ -160,7 +161,7 @@ def test_text_ends_where_either_model_ends_it(pair):
 
 
 def test_sampling_repeats_with_its_seed_and_equals_the_reference(pair):
-    gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.4, 30, temperature=1.0)
+    gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.4, 30, temperature=1.0)
     texts = [gated_generate(*pair, PROMPTS[0], gate, 30, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert texts[0].token_ids == texts[1].token_ids != texts[2].token_ids
     same(texts[0], reference_gated_generate(*pair, PROMPTS[0], gate, 30, temperature=1.0, seed=0))
@@ -180,7 +181,7 @@ class Collector:
 
 @pytest.mark.parametrize("rollback", [None, 6.0])
 def test_a_streamer_gets_the_prompt_and_then_what_stands(pair, rollback):
-    collector, gate = Collector(), threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.3, 30)
+    collector, gate = Collector(), threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.3, 30)
     gate.rollback = rollback
     result = gated_generate(*pair, PROMPTS[0], gate, 30, streamer=collector)
     assert bool(result.rollbacks) == (rollback is not None)
@@ -207,7 +208,7 @@ def test_a_transformers_streamer_works_from_another_thread(embedded):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rollback", [0.0, 6.0, 100.0])
 def test_rollback_equals_the_reference(pair, rollback, temperature):
-    gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.15, 25)
+    gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.15, 25)
     gate.rollback = rollback
     for prompt in PROMPTS[:2]:
         result = gated_generate(*pair, prompt, gate, 25, temperature=temperature)
@@ -248,7 +249,7 @@ class ReadsAll(FixedBits):
 def test_at_full_width_packed_caches_change_nothing(cache, rollback):
     tokenizer = make_tokenizer()
     models = make_model(tokenizer, 0, torch.float32), make_model(tokenizer, 1, torch.float32)
-    gate = threshold_on_gated_text(*models, tokenizer, PROMPTS[:1], "entropy", 0.15, 50)
+    gate = threshold_on_gated_text((*models, tokenizer), PROMPTS[:1], "entropy", 0.15, 50)
     gate.rollback = rollback
     plain = gated_generate(*models, tokenizer, PROMPTS[1], gate, 50)
     packed = gated_generate(
@@ -269,7 +270,7 @@ def test_a_policy_sees_the_same_text_with_rollback_as_without(pair):
         made.append(PolicyDriver(model, PackedKVCache(model.config, block=4), ReadsAll()))
         return made[-1]
 
-    gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.15, 50)
+    gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.15, 50)
     gate.rollback = 6.0
     result = gated_generate(*pair, PROMPTS[1], gate, 50, small_cache=factory, large_cache=factory)
     assert result.rollbacks > 0
@@ -280,7 +281,7 @@ def test_a_policy_sees_the_same_text_with_rollback_as_without(pair):
         assert driver.token_ids[0].tolist() == text[driver.cache.committed : length]
         assert torch.cat(driver.committed_ids, 1)[0].tolist() == text[: driver.cache.committed]
         logits = driver.model(input_ids=torch.tensor([text[:length]])).logits
-        tail = entropy(logits)[0, driver.cache.committed :]
+        tail = entropy_of(log_probabilities(logits))[0, driver.cache.committed :]
         assert torch.allclose(driver.features.entropy[0], tail, atol=0.05)
     assert made[0].cache.get_seq_length() == len(text) - 1
 
@@ -290,7 +291,7 @@ def test_chat_templates_are_each_models_own_and_only_written_tokens_are_shared(p
     chat = make_tokenizer()
     chat.chat_template = TEMPLATE
     assert prompt_ids(chat, "dog") == tokenizer("the dog and", add_special_tokens=False)["input_ids"]
-    gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.4, 30)
+    gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.4, 30)
     settings = {"large_tokenizer": chat}
     result = gated_generate(*pair, PROMPTS[0], gate, 30, **settings)
     same(result, reference_gated_generate(*pair, PROMPTS[0], gate, 30, **settings))
@@ -324,7 +325,7 @@ def test_tokenizers_that_differ_are_refused_with_the_difference(pair):
 
 
 def test_what_does_not_fit_is_refused_by_name(pair):
-    with pytest.raises(ValueError, match=r"prompt: \d+ tokens and max_new_tokens=50 do not fit .* small model \(512"):
+    with pytest.raises(ValueError, match=r"text of \d+ tokens and max_new_tokens=50 does not fit .* small model \(512"):
         gated_generate(*pair, "the cat " * 400, EntropyGate(1.0))
     with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, got 0"):
         gated_generate(*pair, "the cat", EntropyGate(1.0), 0)
@@ -354,21 +355,24 @@ def test_a_gate_refuses_what_it_cannot_mean(settings, message):
 
 
 def test_signals_are_higher_where_the_model_is_less_sure():
+    entropy_bits = SIGNALS["entropy"]
     sure, torn, lost = torch.tensor([9.0, 0, 0, 0]), torch.tensor([9.0, 9.0, 0, 0]), torch.zeros(4)
     for signal in ("entropy", "max_prob", "margin"):
-        values = uncertainty(torch.stack([sure, torn, lost]), signal).tolist()
+        values = SIGNALS[signal].of(torch.stack([sure, torn, lost])).tolist()
         assert values[0] < min(values[1:])
         assert values[0] >= 0
-    assert uncertainty(lost, "entropy") == 2.0
-    assert uncertainty(lost, "max_prob") == 0.75
-    assert uncertainty(torn, "margin") == 1.0
-    assert uncertainty(torch.tensor([0.0, -math.inf])) == 0
+    assert entropy_bits.of(lost) == 2.0
+    assert SIGNALS["max_prob"].of(lost) == 0.75
+    assert SIGNALS["margin"].of(torn) == 1.0
+    assert entropy_bits.of(torch.tensor([0.0, -math.inf])) == 0
     for logits in (sure, lost, torch.tensor([0.0, -math.inf, 1.0]), torch.randn(50, dtype=torch.bfloat16)):
-        assert entropy_bits(logits) == pytest.approx(uncertainty(logits).item(), rel=1e-5)
-    assert math.isnan(entropy_bits(torch.tensor([0.0, math.nan])))
+        assert entropy_bits.value(logits) == pytest.approx(entropy_bits.of(logits).item(), rel=1e-5)
+    assert math.isnan(entropy_bits.value(torch.tensor([0.0, math.nan])))
     half = torch.randn(50, dtype=torch.bfloat16)
-    assert uncertainty(half).dtype == torch.float32
-    assert uncertainty(half).item() == pytest.approx(entropy(half).item() / math.log(2), rel=1e-5)
+    assert entropy_bits.of(half).dtype == torch.float32
+    nats = entropy_of(log_probabilities(half))
+    assert entropy_bits.of(half).dtype == torch.float32
+    assert entropy_bits.of(half).item() == pytest.approx(nats.item() / math.log(2), rel=1e-5)
 
 
 TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
@@ -377,15 +381,16 @@ TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
 def test_calibration_is_the_percentile_of_the_small_models_signal(pair):
     small, _, tokenizer = pair
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    values = np.concatenate([entropy(small(input_ids=torch.tensor([i])).logits[0]).detach() for i in ids]) / np.log(2)
+    log_ps = [log_probabilities(small(input_ids=torch.tensor([i])).logits[0]) for i in ids]
+    values = np.concatenate([entropy_of(log_p).detach() for log_p in log_ps]) / np.log(2)
     for percentile in (10, 50, 90):
         gate = EntropyGate.calibrate(small, tokenizer, TEXTS, percentile=percentile, progress=False)
         assert gate.threshold == pytest.approx(np.percentile(values, percentile), abs=1e-9)
         assert np.mean(values > gate.threshold) == pytest.approx(1 - percentile / 100, abs=0.02)
-    assert calibrate(small, tokenizer, TEXTS, target_usage=0.1, progress=False).threshold == gate.threshold
-    assert calibrate(small, tokenizer, TEXTS, percentile=0).threshold == -math.inf
-    assert calibrate(small, tokenizer, TEXTS, percentile=100).threshold == math.inf
-    assert calibrate(small, tokenizer, [], percentile=30, signal="random").threshold == 0.3
+    assert EntropyGate.calibrate(small, tokenizer, TEXTS, target_usage=0.1, progress=False).threshold == gate.threshold
+    assert EntropyGate.calibrate(small, tokenizer, TEXTS, percentile=0).threshold == -math.inf
+    assert EntropyGate.calibrate(small, tokenizer, TEXTS, percentile=100).threshold == math.inf
+    assert EntropyGate.calibrate(small, tokenizer, [], percentile=30, signal="random").threshold == 0.3
     assert text_signals(small, ids, "margin", progress=False).max() <= 1
 
 
@@ -393,15 +398,15 @@ def test_calibration_refuses_what_is_no_percentile(pair):
     small, _, tokenizer = pair
     for percentile in (-1, 101, math.nan):
         with pytest.raises(ValueError, match="percentile must lie between 0 and 100, got"):
-            calibrate(small, tokenizer, TEXTS, percentile)
+            EntropyGate.calibrate(small, tokenizer, TEXTS, percentile)
     with pytest.raises(ValueError, match="target_usage must be a share"):
-        calibrate(small, tokenizer, TEXTS, target_usage=20)
+        EntropyGate.calibrate(small, tokenizer, TEXTS, target_usage=20)
     with pytest.raises(ValueError, match="texts: 2 given, and none"):
-        calibrate(small, tokenizer, ["", " "])
+        EntropyGate.calibrate(small, tokenizer, ["", " "])
     with pytest.raises(ValueError, match="'oracle' is not calibrated"):
-        calibrate(small, tokenizer, TEXTS, signal="oracle")
+        EntropyGate.calibrate(small, tokenizer, TEXTS, signal="oracle")
     with pytest.raises(ValueError, match="got 'mood'"):
-        calibrate(small, tokenizer, TEXTS, signal="mood")
+        EntropyGate.calibrate(small, tokenizer, TEXTS, signal="mood")
 
 
 def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, monkeypatch):
@@ -413,7 +418,7 @@ def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, m
 
     def ask(model=small, texts=TEXTS, **settings):
         before = len(runs)
-        gate = calibrate(model, tokenizer, texts, cache_dir=tmp_path, **settings)
+        gate = EntropyGate.calibrate(model, tokenizer, texts, cache_dir=tmp_path, **settings)
         return gate.threshold, len(runs) > before
 
     threshold, computed = ask()
@@ -439,7 +444,7 @@ def test_a_threshold_is_found_again_only_for_the_same_question(pair, tmp_path, m
 
 
 def test_bisection_reaches_the_usage_that_calibration_misses(embedded):
-    prompts = [article.article for article in read_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
+    prompts = [article.article for article in load_articles(ROOT / "data/samples/openings.jsonl", "train")][:5]
     gate = EntropyGate(2.0)
     corrected = correct_by_bisection(*embedded, prompts, gate, 0.2, 30, tolerance=0.02)
     before, after = (measure_usage(*embedded, prompts, g, 30)[0] for g in (gate, corrected))
@@ -480,7 +485,7 @@ def test_the_random_control_fires_at_its_rate_blind_to_the_text(pair):
 
 
 def test_the_trace_has_a_row_a_token(pair):
-    gate = threshold_on_gated_text(*pair, PROMPTS[:1], "entropy", 0.3, 30)
+    gate = threshold_on_gated_text(pair, PROMPTS[:1], "entropy", 0.3, 30)
     result = gated_generate(*pair, PROMPTS[0], gate, 30)
     table = trace(result, pair[2])
     assert table["token_id"].tolist() == result.token_ids
@@ -491,11 +496,11 @@ def test_the_trace_has_a_row_a_token(pair):
 
 @pytest.fixture(scope="module")
 def evaluated(embedded):
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")[:3]
     prompts, references = [each.article for each in articles], [each.highlights for each in articles]
     seen = []
     table = evaluate_gate(
-        *embedded, prompts, references, EntropyGate(4.0), 20, repeats=2, stop_at_end=False, on_prompt=seen.append
+        embedded, prompts, references, EntropyGate(4.0), 20, repeats=2, stop_at_end=False, on_prompt=seen.append
     )
     assert [rows["prompt"].unique().tolist() for rows in seen] == [[0], [1], [2]]
     return table
@@ -522,7 +527,7 @@ def test_speed_is_shown_against_the_ideal(evaluated):
     speed = speed_against_ideal(table)
     assert speed == pytest.approx({"usage": 0.3, "cost_ratio": 0.1, "speedup": 2.0, "ideal": 2.5, "share": 0.8})
     assert summarise_methods(table)["ms_per_token"]["gated"] == pytest.approx(25)
-    against = compare(table)
+    against = paired_intervals(table)
     assert against["speedup vs large"] == pytest.approx((2.0, 2.0, 2.0))
     assert against["fidelity"][1] <= against["fidelity"][0] <= against["fidelity"][2]
     assert against["usage"] == pytest.approx((0.3, 0.3, 0.3))
@@ -530,13 +535,16 @@ def test_speed_is_shown_against_the_ideal(evaluated):
 
 def test_evaluation_refuses_unknown_methods_and_unequal_lists(pair):
     with pytest.raises(ValueError, match=r"methods must be among .*, got magic"):
-        evaluate_gate(*pair, PROMPTS, PROMPTS, EntropyGate(1.0), methods=("magic",))
+        evaluate_gate(pair, PROMPTS, PROMPTS, EntropyGate(1.0), methods=("magic",))
     with pytest.raises(ValueError, match="as many, got 3 and 1"):
-        evaluate_gate(*pair, PROMPTS, PROMPTS[:1], EntropyGate(1.0))
+        evaluate_gate(pair, PROMPTS, PROMPTS[:1], EntropyGate(1.0))
 
 
 def test_a_sweep_has_a_row_for_every_signal_and_usage(pair):
-    table = sweep(*pair, PROMPTS[:2], PROMPTS[:2], usages=(0.0, 0.4, 1.0), max_new_tokens=12)
+    gates = sweep_gates(pair, PROMPTS[:2], list(SIGNALS), (0.0, 0.4, 1.0), 12)
+    run = evaluate_gate(pair, PROMPTS[:2], PROMPTS[:2], gates, 12, methods=("gated", "large", "small"))
+    table = summarise_gates(run, gates)
+    table["target_usage"] = [0.0, 0.4, 1.0] * len(SIGNALS)
     assert table["signal"].tolist() == [signal for signal in SIGNALS for _ in range(3)]
     for _, rows in table.groupby("signal"):
         assert rows["usage"].is_monotonic_increasing
@@ -549,7 +557,7 @@ def test_a_sweep_has_a_row_for_every_signal_and_usage(pair):
 @pytest.fixture(scope="module")
 def several(pair):
     gates = {f"{s} {t:g}": EntropyGate(t, s) for s, t in (("entropy", 7.95), ("entropy", 7.98), ("random", 0.7))}
-    table = evaluate_gate(*pair, PROMPTS, PROMPTS, gates, 12, methods=("gated", "large", "small"))
+    table = evaluate_gate(pair, PROMPTS, PROMPTS, gates, 12, methods=("gated", "large", "small"))
     return gates, table, summarise_gates(table, gates)
 
 
@@ -561,7 +569,7 @@ def test_several_gates_take_turns_in_one_run(several, pair):
         assert (summary[f"{of}_low"] <= summary[of] + 1e-9).all()
         assert (summary[of] <= summary[f"{of}_high"] + 1e-9).all()
     with pytest.raises(ValueError, match="name of another method: large"):
-        evaluate_gate(*pair, PROMPTS, PROMPTS, {"large": EntropyGate(1.0)})
+        evaluate_gate(pair, PROMPTS, PROMPTS, {"large": EntropyGate(1.0)})
 
 
 def test_gains_are_read_off_the_curves():
@@ -579,7 +587,7 @@ def test_gains_are_read_off_the_curves():
 
 def test_the_large_model_may_keep_a_packed_cache(pair):
     caches = {"dynamic": lambda model: DynamicCache(config=model.config), "fixed": CACHES["schedule"]}
-    table = evaluate_large_caches(*pair, PROMPTS[:2], EntropyGate(0.5, "random"), caches, 20)
+    table = evaluate_large_caches(pair, PROMPTS[:2], EntropyGate(0.5, "random"), caches, 20)
     assert table["cache"].tolist() == ["dynamic", "fixed"] * 2
     size = table.groupby("cache")["live_bytes"].sum()
     assert 0 < size["fixed"] < size["dynamic"]
@@ -610,7 +618,7 @@ def test_the_gates_figures_and_explorer(several, pair, tmp_path):
 
 def test_articles_are_cut_to_fit_and_sampled_apart(pair):
     tokenizer = pair[2]
-    articles = read_articles(ROOT / "data/samples/openings.jsonl", "test")
+    articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")
     chosen, others = sample_articles(articles, 5, held_out=6)
     assert len(chosen) == 5
     assert len(others) == 6

@@ -16,7 +16,7 @@ from helpers.gate.generation import gated_generate
 from helpers.gate.study import benchmark as gate_benchmark
 from helpers.gate.study import report as gate_report
 from helpers.gate.study.baselines import plain_generate
-from helpers.gate.study.benchmark import BlindGate, GateBenchmark
+from helpers.gate.study.benchmark import FixedShareGate, GateBenchmark
 from helpers.gate.study.evaluation import evaluate_gate
 from helpers.gate.study.fidelity import (
     FidelitySettings,
@@ -56,7 +56,7 @@ def test_stories_are_cut_after_whole_words():
 
 def test_no_prompt_is_judged_by_thresholds_tuned_on_it(pair):
     done = []
-    table, gates = measure_fidelity(*pair, FOLDS, SETTINGS, progress=done.append)
+    table, gates = measure_fidelity(pair, FOLDS, SETTINGS, progress=done.append)
     assert len(done) == 12
     assert table.groupby("fold")["story"].unique().map(list).tolist() == [[0, 1, 2], [3, 4, 5]]
     names = [f"{s} {u}" for u in ("0.2", "0.5") for s in ("entropy", "rollback", "oracle")]
@@ -65,7 +65,7 @@ def test_no_prompt_is_judged_by_thresholds_tuned_on_it(pair):
     assert set(table["method"]) == {*names, SMALL, LARGE}
     for fold in (0, 1):
         tuning = cut_stories(FOLDS[1 - fold], (10,))["prompt"].tolist()
-        again = fidelity_gates(*pair, tuning, SETTINGS)
+        again = fidelity_gates(pair, tuning, SETTINGS)
         assert gates[fold] == again
         usage, _ = measure_usage(*pair, tuning, again["entropy 0.5"], 10)
         assert usage == pytest.approx(0.5, abs=0.2)
@@ -91,7 +91,7 @@ def test_seeds_of_the_control_are_averaged_and_groups_resampled_whole():
 def test_the_shared_prefix_ends_at_the_first_other_token(pair):
     small, large, tokenizer = pair
     table = evaluate_gate(
-        *pair, PROMPTS[:2], PROMPTS[:2], EntropyGate(0.7, "random"), 12, methods=("gated", "large", "small")
+        pair, PROMPTS[:2], PROMPTS[:2], EntropyGate(0.7, "random"), 12, methods=("gated", "large", "small")
     ).set_index(["prompt", "method"])
     assert (table.xs("large", level=1)["shared_prefix"] == 12).all()
     for i, prompt in enumerate(PROMPTS[:2]):
@@ -130,8 +130,8 @@ def test_fidelity_from_the_command_line(tmp_path, capsys):
     assert len(about["thresholds"]) == 2
 
 
-def test_the_blind_gate_fires_at_its_share_and_the_same_way_again(pair):
-    gate = BlindGate(usage=0.3)
+def test_the_gate_of_a_fixed_share_fires_at_it_and_the_same_way_again(pair):
+    gate = FixedShareGate(usage=0.3)
     values = np.random.default_rng(0).uniform(3, 9, 4000).astype(np.float32)
     assert np.mean([gate.fires(float(value)) for value in values]) == pytest.approx(0.3, abs=0.03)
     first, second = (gated_generate(*pair, PROMPTS[0], gate, 40) for _ in range(2))
@@ -143,13 +143,13 @@ def test_the_blind_gate_fires_at_its_share_and_the_same_way_again(pair):
 def test_the_parts_of_a_gated_token_add_up(pair):
     small, large = pair[:2]
     with ForwardTimes(small=small, large=large) as times:
-        result = gated_generate(*pair, PROMPTS[0], BlindGate(usage=0.3), 20)
+        result = gated_generate(*pair, PROMPTS[0], FixedShareGate(usage=0.3), 20)
     assert len(times.seconds["small"]) == 20
     assert len(times.seconds["large"]) == result.large_calls
     assert 0 < sum(times.seconds["small"]) + sum(times.seconds["large"]) < result.seconds
     assert not small._forward_hooks
     assert not small._forward_pre_hooks
-    parts = time_parts(*pair, PROMPTS, BlindGate(usage=0.3), 20, rounds=1)
+    parts = time_parts(pair, PROMPTS, FixedShareGate(usage=0.3), 20, rounds=1)
     assert all(parts[name] > 0 for name in ("small", "large_prompt", "large_later", "loop"))
     assert 0.5 < parts["large_prompt_alone"] + parts["large_step_alone"] < 1.1
     assert parts["catch_up"] > -1
@@ -165,7 +165,7 @@ def test_the_parts_of_a_gated_token_add_up(pair):
 def test_the_benchmark_from_the_command_line(pair, tmp_path, monkeypatch, capsys):
     tokenizer = load_model(PRESETS["embedded"].gate_small, quiet=True)[1]
     models = [make_model(tokenizer, seed, torch.float32) for seed in (0, 1)]
-    monkeypatch.setattr(gate_benchmark, "load_pair", lambda settings: (*models, tokenizer))
+    monkeypatch.setattr(gate_benchmark, "load_benchmark_pair", lambda settings: (*models, tokenizer))
     out = tmp_path / "b.json"
     options = ["--prompts", "2", "--new-tokens", "30", "--rounds", "1", "--out", str(out)]
     assert main.main(["gate-bench", *options]) == 0
@@ -199,7 +199,7 @@ def test_a_large_model_may_be_spread_over_devices(monkeypatch, capsys):
 
     whole = load_model(preset.gate_large, quiet=True)[0]
     monkeypatch.setattr(gate_report, "load_model", load)
-    (small, tokenizer), (spread, _) = gate_report.load_pair(preset.gate_small, preset.gate_large)
+    (small, tokenizer), (spread, _) = gate_report.load_gate_pair(preset.gate_small, preset.gate_large)
     assert placement(spread) == places
     assert f"Large model (data/models/large) device map: {places}" in capsys.readouterr().out
     pairs = [(small, model, tokenizer) for model in (whole, spread)]

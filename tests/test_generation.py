@@ -3,15 +3,14 @@
 import pytest
 import torch
 from conftest import left_padded, random_ids, tiny_model
-from transformers import DynamicCache
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import entropy
+from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.policy import Step
 from helpers.policies.rarity import TokenCounts
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.policies.schedules import AgeSchedule
 
@@ -114,7 +113,10 @@ def test_the_driver_chooses_by_the_entropy_after_each_token():
     rule = EntropyRule((3.9, 4.1, 4.25))
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, rule)
-    entropies = [entropy(logits) for _, logits in score_blocks(model, ids, cache, driver, block=8)]
+    entropies = [
+        entropy_of(log_probabilities(logits))
+        for _, logits in score_blocks(CachedModel(model, cache, driver), ids, block=8)
+    ]
     expected = torch.tensor([2, 4, 8, 16])[
         torch.bucketize(torch.cat(entropies, 1), torch.tensor(rule.thresholds).double(), right=True)
     ]
@@ -127,11 +129,11 @@ def test_scoring_block_by_block_equals_decoding_token_by_token(family, policy):
     ids = random_ids(1, 45)
     cache = PackedKVCache(model.config, block=1 if policy == "random" else 8)
     driver = PolicyDriver(model, cache, POLICIES[policy]())
-    blocks = torch.cat([logits for _, logits in score_blocks(model, ids, cache, driver, cache.block)], 1)
+    blocks = torch.cat([logits for _, logits in score_blocks(CachedModel(model, cache, driver), ids, cache.block)], 1)
     twin = PackedKVCache(model.config, block=cache.block)
     twin_driver = PolicyDriver(model, twin, POLICIES[policy](), extra=("entropy", "confidence", "attn_var"))
-    result = decode(model, ids, twin, twin_driver, forced=True)
-    assert torch.allclose(result.features.entropy, entropy(blocks), atol=1e-8)
+    result = decode(CachedModel(model, twin, twin_driver), ids, forced=True)
+    assert torch.allclose(result.features.entropy, entropy_of(log_probabilities(blocks)), atol=1e-8)
     assert torch.equal(driver.widths_so_far(), twin_driver.widths_so_far())
     assert torch.equal(result.correct[0], blocks[0, :-1].argmax(-1) == ids[0, 1:])
     assert len(result.latency_ms) == 45
@@ -142,24 +144,23 @@ def test_greedy_decoding_writes_what_generate_writes(family):
     model = tiny_model(family)
     ids = random_ids(2, 20)
     expected = model.generate(input_ids=ids, max_new_tokens=15, do_sample=False)
-    result = decode(model, ids, DynamicCache(config=model.config), max_new_tokens=15)
+    result = decode(CachedModel(model), ids, max_new_tokens=15)
     assert torch.equal(result.token_ids, expected)
     packed = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, packed, FixedBits(16))
-    assert torch.equal(decode(model, ids, packed, driver, max_new_tokens=15).token_ids, expected)
+    assert torch.equal(decode(CachedModel(model, packed, driver), ids, max_new_tokens=15).token_ids, expected)
 
 
 def test_sampling_repeats_with_its_seed_and_stops_at_the_end():
     model = tiny_model("llama")
     ids = random_ids(1, 10)
     texts = [
-        decode(model, ids, DynamicCache(config=model.config), max_new_tokens=20, temperature=1.0, seed=seed).token_ids
-        for seed in (0, 0, 1)
+        decode(CachedModel(model), ids, max_new_tokens=20, temperature=1.0, seed=seed).token_ids for seed in (0, 0, 1)
     ]
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
     model.generation_config.eos_token_id = int(texts[0][0, 14])
-    short = decode(model, ids, DynamicCache(config=model.config), max_new_tokens=20, temperature=1.0, seed=0)
+    short = decode(CachedModel(model), ids, max_new_tokens=20, temperature=1.0, seed=0)
     assert short.token_ids.shape[1] <= 15
     assert short.token_ids[0, -1] == model.generation_config.eos_token_id
 
@@ -177,7 +178,7 @@ def test_rarity_reaches_the_policy_from_the_given_counts():
     start.rarity(range(90))
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, Spy(4), counts=start)
-    for _ in score_blocks(model, ids, cache, driver, block=8):
+    for _ in score_blocks(CachedModel(model, cache, driver), ids, block=8):
         pass
     expected = [start.copy().rarity(row) for row in ids.tolist()]
     assert torch.allclose(torch.cat(seen, 1), torch.tensor(expected).float())
@@ -192,7 +193,7 @@ def test_wrong_widths_of_a_policy_are_refused():
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, Wrong(4))
     with pytest.raises(ValueError, match=r"static 4-bit: widths must have shape \[1, 16\], got \[1, 17\]"):
-        decode(model, random_ids(1, 20), cache, driver, forced=True)
+        decode(CachedModel(model, cache, driver), random_ids(1, 20), forced=True)
 
 
 def test_unknown_features_and_unfit_models_are_refused():
@@ -203,7 +204,7 @@ def test_unknown_features_and_unfit_models_are_refused():
     with pytest.raises(ValueError, match="use_packed_attention"):
         PolicyDriver(plain, PackedKVCache(plain.config), FixedBits(4), extra=("attn_var",))
     with pytest.raises(ValueError, match="forced=True"):
-        decode(model, random_ids(1, 5), PackedKVCache(model.config))
+        decode(CachedModel(model), random_ids(1, 5))
 
 
 def test_packed_attention_serves_other_caches_too(family):
@@ -233,7 +234,7 @@ def test_looking_at_widths_does_not_change_them():
         for look in (False, True):
             cache = PackedKVCache(model.config, block=8)
             driver = PolicyDriver(model, cache, make())
-            for _ in score_blocks(model, random_ids(1, 45), cache, driver, block=8):
+            for _ in score_blocks(CachedModel(model, cache, driver), random_ids(1, 45), block=8):
                 if look and driver.token_ids is not None:
                     assert torch.equal(driver.widths_so_far(), driver.widths_so_far())
             seen.append(driver.widths_so_far())
@@ -271,21 +272,19 @@ def test_assisted_generation_crops_the_packed_cache():
 
 
 class EverythingRead(AgeSchedule):
-    """Ranks by features that the driver must keep in step with the cache."""
+    """Reads features that the driver must keep in step with the cache."""
 
     needs = ("entropy", "surprisal", "rarity")
-    needs_settled = ("entropy", "surprisal", "rarity")
 
-    def scores(self, demotion, features):
-        shape = demotion.key_error.shape
-        assert features.entropy.shape == (shape[1], shape[3])
-        self.ranked.append((demotion.start, features.entropy))
-        return features.entropy[None, :, None].expand(shape)
+    def widths(self, features, batch, tokens):
+        assert features.surprisal.shape == features.rarity.shape == (batch, tokens)
+        self.seen.append(features.entropy)
+        return super().widths(features, batch, tokens)
 
 
 def everything_read(commit=8):
     policy = EverythingRead(commit, (Step(1, 4), Step(2, 2, keep=0.5)), ranking="random")
-    object.__setattr__(policy, "ranked", [])
+    object.__setattr__(policy, "seen", [])
     return policy
 
 
@@ -309,7 +308,6 @@ def test_after_a_crop_the_driver_knows_what_it_knew_before(removed):
         driver.crop(detour, last[-1])
         assert driver.cache.get_seq_length() == 40
         assert driver.token_ids.shape[1] == driver.features.entropy.shape[1] == driver.cache.tail_length
-        assert driver.pending_start + driver.pending.entropy.shape[1] == driver.cache.committed
         assert torch.equal(driver.token_ids[0], right[0, driver.cache.committed : 40])
         token = right[:, 40:41]
         driver.observe(token, model(input_ids=token, cache=driver.cache).logits)
@@ -322,11 +320,11 @@ def test_after_a_crop_the_driver_knows_what_it_knew_before(removed):
 
 
 @torch.no_grad()
-def test_blocks_that_a_crop_cut_short_are_settled_with_their_own_features():
+def test_blocks_that_a_crop_cut_short_are_committed_with_their_own_features():
     model = tiny_model("llama", dtype=torch.float64)
     policy = everything_read()
     driver = PolicyDriver(model, PackedKVCache(model.config, block=8), policy)
-    read, logits_of, seed = [], [], 0
+    read, logits_of, seed, commits = [], [], 0, 0
     for removed in (0, 5, 0, 13, 9, 0, 21, 2):
         if removed:
             del read[-removed:], logits_of[-removed:]
@@ -336,12 +334,14 @@ def test_blocks_that_a_crop_cut_short_are_settled_with_their_own_features():
             logits = model(input_ids=ids, cache=driver.cache).logits
             read.append(token)
             logits_of.append(logits[0, -1])
-            ranked = len(policy.ranked)
+            start = driver.cache.committed
             driver.observe(ids, logits)
-            for start, seen in policy.ranked[ranked:]:
-                expected = entropy(torch.stack(logits_of))[start : start + seen.shape[1]]
+            for seen in policy.seen:
+                expected = entropy_of(log_probabilities(torch.stack(logits_of)))[start : start + seen.shape[1]]
                 assert torch.equal(seen[0], expected)
-    assert len(policy.ranked) > 5
+            commits += len(policy.seen)
+            policy.seen.clear()
+    assert commits > 5
     assert driver.widths_so_far().shape == (1, len(read))
 
 

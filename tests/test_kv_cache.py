@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from helpers.cache.bucket import Stage
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.tokens import EMPTY
-from helpers.policies.reading import score_blocks
+from helpers.policies.cached_model import CachedModel, score_blocks
 
 WIDTH_CHOICES = [16, 8, 4, 2, (8, 4)]
 BATCHES = {"one": [40], "left-padded": [40, 25, 31]}
@@ -180,7 +180,7 @@ def test_block_by_block_equals_token_by_token(family, head_dim, bits, lengths):
 def test_scoring_is_feeding_block_by_block(family):
     model, ids = tiny_model(family), random_ids(2, 45)
     caches = [PackedKVCache(model.config, bits=4, block=8) for _ in range(2)]
-    scored = torch.cat([logits for _, logits in score_blocks(model, ids, caches[0], block=8)], dim=1)
+    scored = torch.cat([logits for _, logits in score_blocks(CachedModel(model, caches[0]), ids, block=8)], dim=1)
     assert torch.equal(scored, feed(model, caches[1], ids, chunk=8))
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.bucket import MIN_GROWTH
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.policy import Step
@@ -108,7 +109,7 @@ def predicted_bytes(length: int) -> tuple[float, float]:
 def test_memory_and_time_of_one_long_text(model):
     cache = PackedKVCache(model.config, block=BLOCK)
     driver = Watching(model, cache, SCHEDULE)
-    result = decode(model, random_ids(1, 40), cache, driver, max_new_tokens=TOKENS, temperature=1.0)
+    result = decode(CachedModel(model, cache, driver), random_ids(1, 40), max_new_tokens=TOKENS, temperature=1.0)
     assert result.token_ids.shape == (1, 40 + TOKENS)
     assert cache.get_seq_length() == 40 + TOKENS
     held = {(s.key_bits, s.pending): b.slots for s, b in cache.stores[0].buckets.items() if b.slots}
@@ -149,7 +150,8 @@ def test_many_texts_on_one_cache_leave_nothing_behind(model):
         driver.reset()
         assert cache.stored_bytes() == 0
         seed = number % 50
-        result = decode(model, random_ids(1, 130, seed), cache, driver, max_new_tokens=6, temperature=1.0, seed=seed)
+        cached = CachedModel(model, cache, driver)
+        result = decode(cached, random_ids(1, 130, seed), max_new_tokens=6, temperature=1.0, seed=seed)
         texts.append(result.token_ids)
         stored.append(cache.stored_bytes())
         if number >= 50:

@@ -11,7 +11,7 @@ from helpers.evaluation.multiple_choice import ending_log_likelihoods, score_ite
 from helpers.io.paths import ROOT
 from helpers.models.items import MultipleChoice
 from helpers.models.loading import load_model
-from helpers.training.model_card import measure_pair, time_per_token, write_card
+from helpers.training.model_card import measure_pair, time_per_token, write_pair_card
 from helpers.training.tokenizer import train_tokenizer
 
 ITEM = MultipleChoice("The cat sat", ("on the mat.", "in a very big old house.", "up."), 1)
@@ -107,7 +107,7 @@ def test_the_card_says_what_was_measured(model_and_tokenizer, tmp_path):
     assert len(set(measured["samples"])) == 10
     assert 0.3 < measured["time_ratio"] < 3
     assert measured["large"]["bits_per_byte"] == measured["small"]["bits_per_byte"] > 1
-    write_card(tmp_path, measured)
+    write_pair_card(tmp_path, measured)
     card = (tmp_path / "README.md").read_text()
     for part in ("1.50 M", "2.0 M", "3.25", "a machine", "**Seed 9.**", "the 4\nstories"):
         assert part in card, part

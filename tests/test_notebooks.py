@@ -10,8 +10,7 @@ import nbformat
 import pytest
 
 from helpers.io.paths import ROOT
-from helpers.publishing import blocks as readme
-from helpers.publishing import execution, tidying
+from helpers.publishing import blocks, execution, tidying
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 FIGURES = ROOT / "figures"
@@ -72,8 +71,8 @@ def test_the_opening_says_what_to_expect(path, notebook):
 
 def test_the_opening_tells_what_the_last_full_run_took(path, notebook):
     opening = notebook.cells[0].source
-    line = readme.run_line(path.stem)
-    assert readme.replace_block(opening, "run", line, path.name, inline=True) == opening
+    line = blocks.run_line(path.stem)
+    assert blocks.replace_block(opening, "run", line, path.name, inline=True) == opening
 
 
 def test_contents_name_the_sections(notebook):
@@ -123,8 +122,8 @@ def test_figures_are_there(notebook):
 
 def test_no_figure_is_left_over():
     used = {name for path in NOTEBOOKS for name in figure_names(nbformat.read(path, as_version=4))}
-    text = (ROOT / "README.md").read_text() + (ROOT / "data" / "models" / "README.md").read_text()
-    text += (ROOT / "main.py").read_text()
+    text = "".join(path.read_text() for path in [*blocks.DOCUMENTS, ROOT / "data" / "models" / "README.md"])
+    text += (ROOT / "helpers" / "publishing" / "commands.py").read_text()
     left = [path.stem for path in FIGURES.glob("*.png") if path.stem not in used and path.stem not in text]
     assert left == []
 

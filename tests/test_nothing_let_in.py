@@ -20,7 +20,7 @@ from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from test_gate import TEXTS, make_model, make_tokenizer
 
-from helpers.gate.calibration import calibrate
+from helpers.gate.gate import EntropyGate
 from helpers.io.atomic import inside
 from helpers.io.paths import ROOT
 from helpers.models import hub
@@ -200,11 +200,11 @@ def test_names_of_thresholds_and_downloads_are_made_of_hashes_and_plain_signs(tm
     small = make_model(tokenizer, 0)
     small.config._name_or_path = "../../elsewhere"
     small.config.note = "../../../etc/passwd"
-    calibrate(small, tokenizer, ["../../x " * 3, *TEXTS], cache_dir=tmp_path / "cache", progress=False)
+    EntropyGate.calibrate(small, tokenizer, ["../../x " * 3, *TEXTS], cache_dir=tmp_path / "cache", progress=False)
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["cache"]
     assert re.fullmatch(r"threshold-[0-9a-f]{16}\.json", next((tmp_path / "cache").iterdir()).name)
     with pytest.raises(ValueError, match="signal must be one of"):
-        calibrate(small, tokenizer, TEXTS, signal="../x", cache_dir=tmp_path / "other")
+        EntropyGate.calibrate(small, tokenizer, TEXTS, signal="../x", cache_dir=tmp_path / "other")
     assert hub._bytes_here("model", "../../../../../../usr") == 0
     with pytest.raises(hub.HubError, match="neither a folder here nor the name of a hub repository"):
         hub.fetch_model("../../no/such/folder")
@@ -213,12 +213,12 @@ def test_names_of_thresholds_and_downloads_are_made_of_hashes_and_plain_signs(tm
 def test_a_threshold_file_that_was_tampered_with_is_not_believed(tmp_path):
     tokenizer = make_tokenizer()
     small = make_model(tokenizer, 0)
-    gate = calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False)
+    gate = EntropyGate.calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False)
     (path,) = tmp_path.iterdir()
     sound = path.read_text()
     for content in ("[" * 100000, sound.replace('"threshold": ', '"threshold": "x", "t": '), "", "null", "{}", "\0"):
         path.write_text(content)
-        assert calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False) == gate
+        assert EntropyGate.calibrate(small, tokenizer, TEXTS, cache_dir=tmp_path, progress=False) == gate
         assert path.read_text() == sound
 
 
@@ -235,18 +235,18 @@ ABOUT = {"label": "kv_bits", "model": "made up", "rates": {"4.0": 0.5}, "token_c
 
 @pytest.fixture
 def controller(tmp_path):
-    """A sound controller named "seed"; both its files can be written anew."""
-    network().save(tmp_path, "seed", ABOUT)
-    assert LearnedController.load(tmp_path, "seed").rates == {4.0: 0.5}
+    """A sound controller named "imitation"; both its files can be written anew."""
+    network().save(tmp_path, "imitation", ABOUT)
+    assert LearnedController.load(tmp_path, "imitation").rates == {4.0: 0.5}
     return tmp_path
 
 
 def rewrite(folder: Path, tensors=None, **about) -> None:
     """The controller with other tensors or another description, which is then the one of the JSON."""
-    old = load_file(folder / "seed.safetensors")
-    save_file(old if tensors is None else tensors(old), folder / "seed.safetensors")
-    content = json.loads((folder / "seed.json").read_text())
-    (folder / "seed.json").write_text(json.dumps(content | about))
+    old = load_file(folder / "imitation.safetensors")
+    save_file(old if tensors is None else tensors(old), folder / "imitation.safetensors")
+    content = json.loads((folder / "imitation.json").read_text())
+    (folder / "imitation.json").write_text(json.dumps(content | about))
 
 
 TENSORS = {
@@ -265,19 +265,21 @@ TENSORS = {
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_that_are_not_the_described_ones_are_refused(controller, change):
     rewrite(controller, TENSORS[change])
-    message = r"controller seed\.safetensors: its weights do not fit its description: .* expected .* for 2 features"
+    message = (
+        r"controller imitation\.safetensors: its weights do not fit its description: .* expected .* for 2 features"
+    )
     with pytest.raises(ValueError, match=message):
-        LearnedController.load(controller, "seed")
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_refused(controller, value):
     rewrite(controller, lambda t: {**t, "layers.0.bias": torch.full((8,), value)})
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: holds NaN or infinity"):
-        LearnedController.load(controller, "seed")
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: holds NaN or infinity"):
+        LearnedController.load(controller, "imitation")
     rewrite(controller, lambda t: {**t, "layers.0.bias": torch.zeros(8), "scale": torch.tensor([1.0, 0.0])})
     with pytest.raises(ValueError, match="scales of its inputs must be positive"):
-        LearnedController.load(controller, "seed")
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +307,8 @@ def test_weights_that_are_no_numbers_are_refused(controller, value):
 def test_descriptions_that_cannot_be_true_are_refused_at_once(controller, about, message):
     rewrite(controller, **about)
     started = time.monotonic()
-    with pytest.raises(ValueError, match=rf"controller seed.*{message}"):
-        LearnedController.load(controller, "seed")
+    with pytest.raises(ValueError, match=rf"controller imitation.*{message}"):
+        LearnedController.load(controller, "imitation")
     assert time.monotonic() - started < 2
 
 
@@ -337,20 +339,22 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_are_no_safetensors_are_refused(controller, kind):
-    (controller / "seed.safetensors").write_bytes(FILES[kind])
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
+    (controller / "imitation.safetensors").write_bytes(FILES[kind])
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100000, "\0"])
 def test_descriptions_that_are_no_json_objects_are_refused(controller, content):
     rewrite(controller)
-    (controller / "seed.json").write_text(content)
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
-    save_file(load_file(controller / "seed.safetensors"), controller / "seed.safetensors", {"about": content or "{"})
-    with pytest.raises(ValueError, match=r"controller seed\.safetensors: cannot be read"):
-        LearnedController.load(controller, "seed")
+    (controller / "imitation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
+    save_file(
+        load_file(controller / "imitation.safetensors"), controller / "imitation.safetensors", {"about": content or "{"}
+    )
+    with pytest.raises(ValueError, match=r"controller imitation\.safetensors: cannot be read"):
+        LearnedController.load(controller, "imitation")
 
 
 def test_a_controller_of_another_kind_is_refused(controller):
@@ -412,7 +416,7 @@ def imported(paths) -> set[str]:
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 LOCAL = {"helpers", "main", *(path.stem for path in TESTS)}
 # Asked for without being imported by this project: commands, and what other packages load.
-TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "pytest-xdist", "ruff"}
+TOOLS = {"jupyterlab", "ipykernel", "pytest-cov", "pytest-xdist", "ruff", "tabulate"}
 
 
 KNOWN = packages_distributions()
@@ -452,58 +456,66 @@ def test_versions_are_bounded_above():
             assert "==" in demand or ("<" in demand and ">=" in demand), demand
 
 
-# Arrows between the modules
+# Arrows between the packages, and between the modules of each
 
 
-# What a module of the core may import of the others; those that are not listed may import what they need.
-ARROWS = {
-    "quantization": set(),
-    "features": set(),
-    "metrics": set(),
-    "files": set(),
-    "hub": set(),
-    "packed_store": {"quantization"},
-    "kv_cache": {"packed_store", "quantization"},
-    "memory": {"kv_cache"},
-    "attention": {"features", "kv_cache", "packed_store", "quantization"},
-    "policies": {"features", "packed_store", "quantization"},
-    "plots": {"files", "packed_store", "quantization"},
+ORDER = ["io", "cache", "models", "policies", "evaluation", "training", "gate", "publishing"]
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "helpers").rglob("*.py"))
 }
-LATE = {("gate", "calibration")}  # inside a method, so that `EntropyGate.calibrate` can be called where the gate is
 
 
-def arrows() -> dict[str, set[str]]:
-    """Module (a package counts as one) -> modules of `helpers` that it imports anywhere."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "helpers").rglob("*.py"):
-        module = path.relative_to(ROOT / "helpers").parts[0].removesuffix(".py")
-        into = found.setdefault(module, set())
-        for node in ast.walk(code_of(path)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
-                parts = node.module.split(".")
-                into |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-            elif isinstance(node, ast.Import):
-                into |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("helpers.")}
-        into.discard(module)
-    return found
+def imports_of(path: Path, types: bool = True) -> set[str]:
+    """Modules of `helpers` that a file imports anywhere: at the top, inside functions, and for `types` alone."""
+    into, tree = set(), code_of(path)
+    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"]
+    only_types = {inner for node in guarded for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in only_types and not types:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            into |= {name if name in SOURCES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            into |= {alias.name for alias in node.names}
+    return {name for name in into if name.split(".")[0] == "helpers"}
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_the_core_imports_only_what_lies_below_it(module):
-    assert arrows()[module] <= ARROWS[module]
+def floor(module: str) -> int:
+    """The place of a module's package in the order."""
+    return ORDER.index(module.split(".")[1])
 
 
-def test_arrows_run_one_way():
-    """Modules can be put in an order in which each imports only earlier ones."""
-    left = {module: into - {late for at, late in LATE if at == module} for module, into in arrows().items()}
+@pytest.mark.parametrize("module", [module for module in SOURCES if module != "helpers"])
+def test_packages_import_only_from_those_before_them(module):
+    above = {name for name in imports_of(SOURCES[module]) if name == "helpers" or floor(name) > floor(module)}
+    assert above == set()
+
+
+def test_the_gate_needs_nothing_that_measures_it():
+    for module, path in SOURCES.items():
+        if module.startswith("helpers.gate.") and not module.startswith("helpers.gate.study"):
+            assert not {name for name in imports_of(path) if name.startswith("helpers.gate.study")}, module
+
+
+def test_modules_import_one_way():
+    """They can be put in an order in which each imports only earlier ones, annotations aside."""
+    left = {module: imports_of(path, types=False) - {module} for module, path in SOURCES.items()}
     while left:
         ready = {module for module, into in left.items() if not into & left.keys()}
         assert ready, f"these import each other: {sorted(left)}"
         left = {module: into for module, into in left.items() if module not in ready}
 
 
+def test_modules_import_what_they_need_from_where_it_is_defined():
+    """Not from a package's door, which is for users: `helpers` itself could run into circles there."""
+    doors = {f"helpers.{package}" for package in (*ORDER, "gate.study")}
+    for module, path in SOURCES.items():
+        assert not imports_of(path) & doors, module
+
+
 def test_nothing_imports_what_runs_it():
-    for module, into in arrows().items():
-        assert not into & {"publish", "main", "notebooks"}, module
     for path in MODULES:
         assert "main" not in imported([path]), path

@@ -6,6 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from helpers.cache.quantization import WIDTHS
+from helpers.evaluation.benchmark.results import load_benchmarks
 from helpers.io.paths import ROOT
 from helpers.publishing import plots
 from helpers.training.fitting import History
@@ -43,7 +44,7 @@ def history():
 
 
 def drops():
-    rows = [("seed", "entropy", 60.0), ("seed", "rarity", 0.1), ("commit", "key_error", 0.4)]
+    rows = [("imitation", "entropy", 60.0), ("imitation", "rarity", 0.1), ("commit", "key_error", 0.4)]
     table = pd.DataFrame(rows, columns=["controller", "feature", "drop"])
     return table.assign(low=table["drop"] - 0.3, high=table["drop"] + 0.3)
 
@@ -57,6 +58,7 @@ CURVE = pd.DataFrame({"bits": [2.0, 4.0, 8.0], "cost": [0.2, 0.01, 0.0001]})
 USAGE = ("fidelity", (0.2, 1.0), "fidelity: ROUGE-L to the large model alone")
 LABELS = {"share": "live bytes", "kl": "KL to full precision", "accuracy_change": "change of accuracy"}
 FIGURES = {
+    "benchmark_figure": lambda: plots.benchmark_figure(load_benchmarks()),
     "entropy_against_rarity": lambda: plots.entropy_against_rarity(training_table(), *HEAD),
     "correlation_heat_map": lambda: plots.correlation_heat_map(training_table(), ASSIGNMENT_COLUMNS, *HEAD),
     "latency_distribution": lambda: plots.latency_distribution(training_table(), 16, *HEAD),
@@ -69,14 +71,15 @@ FIGURES = {
     "training_curves": lambda: plots.training_curves(
         {name: pd.DataFrame({"tokens": [1e6, 2e6, 3e6], "loss": [4, 3, 2]}) for name in ("large", "small")}, *HEAD
     ),
-    "learning_curves": lambda: plots.learning_curves({"seed": history(), "commit": history()}, *HEAD),
+    "learning_curves": lambda: plots.learning_curves({"imitation": history(), "commit": history()}, *HEAD),
     "learning_curves, one": lambda: plots.learning_curves({"settle": history()}, *HEAD),
     "confusion_matrices": lambda: plots.confusion_matrices(
-        {"seed: kv_bits": (SOME_WIDTHS, SOME_WIDTHS), "commit: optimal_bits": (SOME_WIDTHS, SOME_WIDTHS[::-1])}, *HEAD
+        {"imitation: kv_bits": (SOME_WIDTHS, SOME_WIDTHS), "commit: optimal_bits": (SOME_WIDTHS, SOME_WIDTHS[::-1])},
+        *HEAD,
     ),
     "importances": lambda: plots.importances(drops(), *HEAD),
     "reliability": lambda: plots.reliability(
-        {name: (RANDOM.random(400), RANDOM.random(400) > 0.5) for name in ("seed", "commit")}, *HEAD
+        {name: (RANDOM.random(400), RANDOM.random(400) > 0.5) for name in ("imitation", "commit")}, *HEAD
     ),
     "rate_distortion": lambda: plots.rate_distortion(
         {"optimal (knows the costs)": CURVE, "commit controller": CURVE.assign(cost=2 * CURVE["cost"])},

@@ -6,10 +6,9 @@ from conftest import random_ids, tiny_model
 
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.store import Demotion
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Step
-from helpers.policies.reading import score_blocks
 from helpers.policies.rules import FixedBits
 from helpers.policies.schedules import AgeSchedule
 
@@ -20,7 +19,7 @@ APART = AgeSchedule((8, 4), (Step(1, (4, 2)), Step(2, (2, 2), keep=0.5)), "atten
 def run(model, policy, ids, block=8, chunk=None):
     cache = PackedKVCache(model.config, block=block)
     driver = PolicyDriver(model, cache, policy)
-    for _, _ in score_blocks(model, ids, cache, driver, chunk or block):
+    for _, _ in score_blocks(CachedModel(model, cache, driver), ids, chunk or block):
         pass
     return cache, driver
 
@@ -62,8 +61,8 @@ def test_a_prompt_read_at_once_ends_at_the_same_widths():
 
 def test_the_tokens_that_stay_are_the_best_of_their_block_in_each_head():
     class Spy(AgeSchedule):
-        def scores(self, demotion, features):
-            scores = super().scores(demotion, features)
+        def scores(self, demotion):
+            scores = super().scores(demotion)
             seen.append((demotion, scores))
             return scores
 
@@ -81,14 +80,14 @@ def test_the_tokens_that_stay_are_the_best_of_their_block_in_each_head():
 
 def test_errors_are_what_the_demotion_changes():
     class Spy(AgeSchedule):
-        def scores(self, demotion, features):
+        def scores(self, demotion):
             seen.append(demotion)
-            return super().scores(demotion, features)
+            return super().scores(demotion)
 
     model, seen = tiny_model("llama"), []
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, Spy(8, (Step(2, 2, keep=0.125),), "random"))
-    for _ in score_blocks(model, random_ids(1, 24), cache, driver, 8):
+    for _ in score_blocks(CachedModel(model, cache, driver), random_ids(1, 24), 8):
         if cache.committed == 16:  # two blocks are committed at once, the third will settle the first
             before = [cache.states(i).dense()[0][:, :, :8].clone() for i in range(2)]
     error = torch.stack([(cache.states(i).dense()[0][:, :, :8] - before[i]).square().sum(-1) for i in range(2)])
@@ -126,7 +125,7 @@ def test_ages_count_from_the_commit():
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, policy)
     settled = []
-    for _ in score_blocks(model, random_ids(1, 64), cache, driver, 8):
+    for _ in score_blocks(CachedModel(model, cache, driver), random_ids(1, 64), 8):
         settled.append(sum(n for (bits, _, _), n in stages(cache).items() if bits == 2) if cache.stores else 0)
     # What the block sees that is read as number n (from 0): two blocks are committed together, the centre needs 16.
     assert settled == [0, 0, 0, 0, 8, 16, 24, 32]
@@ -151,7 +150,7 @@ def test_bad_schedules_are_refused(make, message):
 
 def test_scores_of_another_shape_are_refused():
     class Wrong(AgeSchedule):
-        def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+        def scores(self, demotion: Demotion) -> torch.Tensor:
             return torch.zeros(3)
 
     with pytest.raises(ValueError, match="scores must have shape"):

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.io.paths import ROOT
 from helpers.models.stories import STORY_SEPARATOR
-from helpers.training import pretraining as pretrain
-from helpers.training.pretraining import batch_rows, bits_per_byte, train
-from helpers.training.settings import TrainingSettings
+from helpers.training.pretraining import batch_sequences, bits_per_byte, pretrain, train
+from helpers.training.settings import SIZES, PretrainOptions, TrainingSettings
 from helpers.training.tokenizer import encode_stories, train_tokenizer
 
 TOY = TrainingSettings(
@@ -90,9 +89,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tokenizer, tmp_path):
 def test_batches_depend_on_seed_and_step_alone_and_cover_the_text(tokenizer):
     tokens = encode_stories(tokenizer, STORIES)
     rows_per_epoch = (len(tokens) - 33) // 32
-    assert (batch_rows(tokens, TOY, 7) == batch_rows(tokens, TOY, 7)).all()
-    assert batch_rows(tokens, TOY, 0).shape == (4, 33)
-    seen = {row.tobytes() for step in range(rows_per_epoch // 4) for row in batch_rows(tokens, TOY, step)}
+    assert (batch_sequences(tokens, TOY, 7) == batch_sequences(tokens, TOY, 7)).all()
+    assert batch_sequences(tokens, TOY, 0).shape == (4, 33)
+    seen = {row.tobytes() for step in range(rows_per_epoch // 4) for row in batch_sequences(tokens, TOY, step)}
     assert len(seen) >= rows_per_epoch // 4 * 4 - 4
 
 
@@ -122,18 +121,18 @@ def test_bad_files_are_refused(tmp_path, content, message):
     good = tmp_path / "good.txt"
     good.write_text(STORY_SEPARATOR.join(["A cat."] * 10))
     with pytest.raises(ValueError, match=message):
-        pretrain.main(["--text", str(path), "--holdout-text", str(good), "--out", str(tmp_path / "m")])
+        pretrain(PretrainOptions(tmp_path / "m", text=(str(path),), holdout_text=str(good)))
     assert not (tmp_path / "m" / "model.safetensors").exists()
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(pretrain.SIZES, "small", TOY)
+def test_the_options_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "small", TOY)
     text = tmp_path / "t.txt"
     text.write_text(f"\n{STORY_SEPARATOR}\n".join(STORIES))
-    common = ["--text", str(text), "--size", "small", "--steps", "10", "--vocab-size", "300"]
-    pretrain.main([*common, "--holdout-text", str(text), "--out", str(tmp_path / "a")])
+    common = {"text": (str(text),), "size": "small", "steps": 10, "vocab_size": 300}
+    pretrain(PretrainOptions(tmp_path / "a", holdout_text=str(text), **common))
     assert '"holdout_stories": 2' in capsys.readouterr().out
-    pretrain.main([*common, "--out", str(tmp_path / "b"), "--tokenizer", str(tmp_path / "a"), "--seed", "5"])
+    pretrain(PretrainOptions(tmp_path / "b", tokenizer=str(tmp_path / "a"), seed=5, **common))
     a, b = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in "ab")
     assert a["model"]["vocab"] == b["model"]["vocab"]
 
@@ -143,19 +142,21 @@ def test_two_processes_train_one_model(tokenizer, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text(f"\n{STORY_SEPARATOR}\n".join(STORIES))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    script = (
-        "import sys; from helpers.training import pretraining as pretrain; "
-        "from helpers.training.settings import TrainingSettings; "
-        f"pretrain.SIZES['small'] = pretrain.{TOY!r}; pretrain.main(sys.argv[1:])"
-    )
+    script = f"""
+import sys
+from helpers.training.pretraining import pretrain
+from helpers.training.settings import SIZES, PretrainOptions, TrainingSettings
+
+SIZES["small"] = {TOY!r}
+text, tokenizer, out = sys.argv[1:]
+pretrain(PretrainOptions(out, text=(text,), size="small", steps=12, tokenizer=tokenizer))
+"""
     (tmp_path / "run.py").write_text(script)
     results = []
     for processes in ("1", "2"):
         out = tmp_path / processes
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        launch.append(str(tmp_path / "run.py"))
-        options = ["--text", str(text), "--size", "small", "--steps", "12", "--out", str(out)]
-        command = [*launch, *options, "--tokenizer", str(tmp_path / "tokenizer")]
+        command = [*launch, str(tmp_path / "run.py"), str(text), str(tmp_path / "tokenizer"), str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -13,9 +13,9 @@ from helpers.io.paths import FAST, ROOT
 from helpers.io.provenance import cpu_name, peak_memory_bytes
 from helpers.io.results import read_result, require, write_json
 from helpers.models.presets import get_preset
-from helpers.publishing import blocks as readme
-from helpers.publishing import command, execution, tidying
-from helpers.publishing import tables as readme_tables
+from helpers.publishing import blocks, command, execution, tidying
+from helpers.publishing.tables.benchmark import benchmark_table
+from helpers.publishing.tables.comparison import MULTIPLE_CHOICE, multiple_choice_table
 
 
 def write_notebook(path, *sources, tags=()):
@@ -112,13 +112,13 @@ def test_other_presets_leave_the_notebook(tmp_path, monkeypatch, capsys):
 def test_a_full_run_notes_what_it_took(tmp_path, monkeypatch):
     monkeypatch.delenv("PRESET", raising=False)
     monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(readme, "RUNS", tmp_path / "runs.json")
+    monkeypatch.setattr(blocks, "RUNS", tmp_path / "runs.json")
     opening = nbformat.v4.new_markdown_cell("# X\n\n**Run time:** <!-- run -->?<!-- /run -->")
     notebook = nbformat.v4.new_notebook(cells=[opening, nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(notebook, tmp_path / "01_x.ipynb")
     run = execution.publish(tmp_path / "01_x.ipynb")
     assert json.loads((tmp_path / "runs.json").read_text())["01_x"]["peak_bytes"] == run.peak_bytes
-    assert readme.run_line("01_x") in nbformat.read(tmp_path / "01_x.ipynb", as_version=4).cells[0].source
+    assert blocks.run_line("01_x") in nbformat.read(tmp_path / "01_x.ipynb", as_version=4).cells[0].source
 
 
 def test_a_fast_run_writes_elsewhere_and_is_marked(tmp_path, monkeypatch):
@@ -176,56 +176,66 @@ def test_a_notebook_that_was_not_run_is_found():
 
 def test_the_committed_state_passes_the_check(capsys):
     assert command.main(["--check"]) == 0
-    assert "OK: 5 notebooks and the README" in capsys.readouterr().out
+    assert "OK: 5 notebooks and the documents" in capsys.readouterr().out
 
 
-def test_readme_tables_are_those_of_the_results():
-    assert readme.stale_blocks() == [], "run: python -m helpers.publish --readme"
+def test_tables_of_documents_are_those_of_the_results():
+    assert blocks.stale_blocks() == [], "run: python -m helpers.publishing --readme"
 
 
-def test_every_table_stands_in_the_readme():
-    assert set(readme._names(readme.README.read_text())) == set(readme.BLOCKS)
+def test_every_table_stands_in_one_document():
+    texts = [path.read_text(encoding="utf-8") for path in blocks.DOCUMENTS]
+    shown = [name for text in texts for name in re.findall(r"<!-- results:(\S+) -->", text)]
+    assert sorted(shown) == sorted(blocks.BLOCKS)
 
 
-def test_readme_tables_are_written_between_markers(tmp_path, monkeypatch, capsys):
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) < 12_000
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_of_documents_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r'(?:\]\(|src=")([^)"#]+)', text):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_tables_are_written_between_markers(tmp_path, monkeypatch, capsys):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- results:pair -->\nold\n<!-- /results:pair -->\nafter\n")
-    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.setattr(blocks, "DOCUMENTS", [path])
     monkeypatch.delenv("PRESET", raising=False)
-    assert readme.stale_blocks() == ["pair"]
+    assert blocks.stale_blocks() == ["README.md: pair"]
     assert command.main(["--readme"]) == 0
     assert capsys.readouterr().out == "README.md: pair\n"
     text = path.read_text()
     assert text.startswith("before\n<!-- results:pair -->\n|  | large (3.05 M) |")
     assert text.endswith("|\n<!-- /results:pair -->\nafter\n")
-    assert readme.stale_blocks() == []
+    assert blocks.stale_blocks() == []
     assert command.main(["--readme"]) == 0
     assert path.read_text() == text
 
 
-def test_tables_of_results_that_are_not_there_yet(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_tables, "DATA", tmp_path)
-    monkeypatch.setattr(readme_tables, "BENCHMARKS", tmp_path)
-    assert readme_tables.multiple_choice_table() == ""
-    assert "python main.py bench" in readme_tables.benchmark_table()
+def test_tables_of_results_that_are_not_there_yet(tmp_path):
+    assert multiple_choice_table(tmp_path) == ""
+    assert "python main.py bench" in benchmark_table(tmp_path)
     text = "a\n<!-- x -->\n<!-- /x -->\nb"
-    assert readme.replace_block(text, "x", "", "f") == text
+    assert blocks.replace_block(text, "x", "", "f") == text
     scores = {"acc": 0.3, "acc_low": 0.2, "acc_high": 0.4, "acc_norm": 0.35, "acc_norm_low": 0.3, "acc_norm_high": 0.4}
     full = {"method": "full precision", "code_bits": 16.0, **scores}
     changes = {f"acc{norm}_change{end}": -0.012 for norm in ("", "_norm") for end in ("", "_low", "_high")}
     ours = {**full, "method": "static 4-bit", "code_bits": 4.4, **changes}
     schedule = {"method": "8-4-2 @3,6", "code_bits": 3.0}
-    path = tmp_path / f"{readme_tables.MULTIPLE_CHOICE}.csv"
+    path = tmp_path / f"{MULTIPLE_CHOICE}.csv"
     pd.DataFrame([full, ours, schedule]).to_csv(path, index=False)
     path.with_suffix(".json").write_text(json.dumps({"item_count": 1000, "model": "models/m"}))
-    table = readme_tables.multiple_choice_table()
+    table = multiple_choice_table(tmp_path)
     assert "1,000 items, model m" in table
     assert "| static 4-bit | 4.40 | 30.0 [20.0, 40.0] | -1.20 [-1.20, -1.20] | 35.0 [30.0, 40.0] |" in table
     assert "8-4-2" not in table, "it did not choose"
 
 
-def test_the_benchmark_table_takes_machines_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_tables, "BENCHMARKS", tmp_path)
+def test_the_benchmark_table_takes_machines_one_by_one(tmp_path):
     row = {"kind": "decode", "shape": "SmolLM-135M", "context": 512, "batch": 1, "dtype": "float32", "error": ""}
     times = {"DynamicCache": [4.0, 4.0], "static 4-bit": [2.0, 2.0], "learned 8-4-2": [3.0, 3.0]}
     rows = []
@@ -235,7 +245,7 @@ def test_the_benchmark_table_takes_machines_one_by_one(tmp_path, monkeypatch):
         rows.append({**row, "method": method, **numbers, "live_bytes": 100 * ms[0], "stored_bytes": 100 * ms[0]})
     for device in ("A", "B"):
         save_benchmarks(pd.DataFrame(rows), 30.0, {}, device, tmp_path)
-    text = readme_tables.benchmark_table()
+    text = benchmark_table(tmp_path)
     assert text.count("| decode, SmolLM-135M, 512 tokens | 4 | 0.50 [0.50, 0.50] | 0.75 [0.75, 0.75] |") == 2
     assert "quanto" not in text, "no column without a number"
     assert "1 of 1 met on A:" in text
@@ -245,7 +255,7 @@ def test_the_benchmark_table_takes_machines_one_by_one(tmp_path, monkeypatch):
 def test_broken_markers_are_told(text, tmp_path, monkeypatch, capsys):
     path = tmp_path / "README.md"
     path.write_text(text)
-    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.setattr(blocks, "DOCUMENTS", [path])
     monkeypatch.delenv("PRESET", raising=False)
     assert command.main(["--readme"]) == 1
     assert "README.md" in capsys.readouterr().err
@@ -275,7 +285,7 @@ def test_an_unchanged_result_keeps_its_date(tmp_path):
 def test_the_snippets_of_the_readme_run(monkeypatch, capsys):
     """One after the other, as a reader would paste them; the hub's model is replaced by the embedded one."""
     monkeypatch.chdir(ROOT)
-    snippets = re.findall(r"^```python\n(.*?)^```", readme.README.read_text(encoding="utf-8"), re.M | re.S)
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(snippets) == 3
     assert max(len(snippet.strip().splitlines()) for snippet in snippets) <= 15
     names = {"texts": ["Once upon a time there was a cat."] * 3, "prompt": "Once upon a time"}

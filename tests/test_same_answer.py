@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_tables_controllers_and_models(runs):
     tables = sorted(name for name in files["first"] if name.endswith(".csv"))
     weights = sorted(name for name in files["first"] if name.endswith(".safetensors"))
     assert {"collected.csv", "gate.csv", "controllers/costs.csv", "model/training_log.csv"} <= set(tables)
-    controllers = [f"controllers/{name}.safetensors" for name in ("commit", "seed", "settle")]
+    controllers = [f"controllers/{name}.safetensors" for name in ("commit", "imitation", "settle")]
     assert weights == [*controllers, "model/model.safetensors"]
     for name in tables:
         first, again = (table(runs[run], name) for run in ("first", "again"))

@@ -115,29 +115,29 @@ def test_two_processes_take_up_what_one_left(tiny_folder, sources, tmp_path, mon
     )
 
 
-# A few stores instead of all, one of them with a random control that `compare` adds by itself.
-FEW_STORES = """
+# A few methods instead of all, one of them with a random control that `compare_methods` adds by itself.
+FEW_METHODS = """
 import sys
 import main
-from helpers.evaluation import comparison
+from helpers.evaluation import commands
 from helpers.policies.schedules import AgeSchedule
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.policy import Step
-from helpers.evaluation.methods import FullPrecision, PackedMethod
+from helpers.evaluation.methods import FullPrecision, Group, PackedMethod
 
 schedule = PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), "random"))
-comparison.default_methods = lambda controllers: {
-    "full precision": [FullPrecision()],
-    "static": [PackedMethod(FixedBits(4))],
-    "rule": [PackedMethod(EntropyRule((3.0, 4.0, 5.0)))],
-    "schedule": [schedule],
-}
+commands.default_methods = lambda controllers: [
+    Group("full precision", [FullPrecision()]),
+    Group("static", [PackedMethod(FixedBits(4))]),
+    Group("rule", [PackedMethod(EntropyRule((3.0, 4.0, 5.0)))], random_control=True),
+    Group("schedule", [schedule], chooses_endings=False),
+]
 sys.exit(main.main(sys.argv[1:]))
 """
 
 
 def test_two_processes_compare_as_one_does(tiny_folder, sources, tmp_path):
-    (tmp_path / "few.py").write_text(FEW_STORES)
+    (tmp_path / "few.py").write_text(FEW_METHODS)
     options = ["compare", "--model", str(tiny_folder), "--texts", sources["stories"], "--items", sources["items"]]
     options += ["--count", "5", "--max-rows", "5", "--batch", "2", "--rounds", "1"]
     results = []

@@ -24,8 +24,8 @@ def replaced_by_hand(model, ids, at, bits, horizon):
     cache = DynamicCache(config=model.config)
     model(input_ids=row[:, : at + 1], cache=cache)
     for number, layer in enumerate(cache.layers):
-        layer.keys[:, :, at] = states.stored("key", bits)[number][:, :, at]
-        layer.values[:, :, at] = states.stored("value", bits)[number][:, :, at]
+        layer.keys[:, :, at] = states.stored(bits)[0][number][:, :, at]
+        layer.values[:, :, at] = states.stored(bits)[1][number][:, :, at]
     stop = min(len(ids), at + 1 + horizon)
     logits = model(input_ids=row[:, at + 1 : stop], cache=cache).logits[0]
     return kl_divergence(reference[at + 1 : stop], logits).sum().item()

@@ -12,9 +12,9 @@ from conftest import random_ids
 
 from helpers.io.paths import ROOT
 from helpers.models import hub
-from helpers.models.articles import read_articles
+from helpers.models.articles import load_articles
 from helpers.models.hub import HubError, fetch_model
-from helpers.models.items import load_multiple_choice, read_multiple_choice, sample_texts
+from helpers.models.items import load_multiple_choice, sample_texts
 from helpers.models.loading import choose_device, load_model
 from helpers.models.presets import PRESETS, get_preset
 from helpers.models.stories import load_stories, read_stories, split_holdout
@@ -29,7 +29,7 @@ def write_lines(path, *records):
 
 
 def test_items_in_hellaswag_format(tmp_path):
-    items = read_multiple_choice(write_lines(tmp_path / "h.jsonl", ITEM, ITEM | {"label": 1}))
+    items = load_multiple_choice(write_lines(tmp_path / "h.jsonl", ITEM, ITEM | {"label": 1}))
     assert [item.text for item in items] == ["A dog runs. It barks.", "A dog runs. It flies."]
 
 
@@ -45,12 +45,12 @@ def test_items_in_hellaswag_format(tmp_path):
 )
 def test_faulty_items_are_named_by_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
-        read_multiple_choice(write_lines(tmp_path / "h.jsonl", ITEM, line))
+        load_multiple_choice(write_lines(tmp_path / "h.jsonl", ITEM, line))
 
 
 def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no items"):
-        read_multiple_choice(write_lines(tmp_path / "h.jsonl"))
+        load_multiple_choice(write_lines(tmp_path / "h.jsonl"))
 
 
 def test_stories_plain_and_zipped(tmp_path):
@@ -71,7 +71,7 @@ def test_stories_plain_and_zipped(tmp_path):
 
 
 def test_samples_holdouts_and_packing(tmp_path):
-    items = read_multiple_choice(write_lines(tmp_path / "h.jsonl", *(ITEM | {"ctx": str(i)} for i in range(20))))
+    items = load_multiple_choice(write_lines(tmp_path / "h.jsonl", *(ITEM | {"ctx": str(i)} for i in range(20))))
     drawn = sample_texts(items, 8, seed=1)
     assert drawn == sample_texts(items, 8, seed=1) != sample_texts(items, 8, seed=2)
     assert len(set(drawn)) == 8
@@ -243,7 +243,7 @@ def test_an_unreachable_hub_and_an_unknown_name_are_told(fake_hub, monkeypatch):
 
 def test_a_data_set_that_cannot_be_had(fake_hub, monkeypatch):
     monkeypatch.setattr(hub, "SILENCE_SECONDS", 1.0)
-    monkeypatch.setattr(hub.fetch_dataset, "__defaults__", (None, 1.0))
+    monkeypatch.setattr(hub.fetch_dataset, "__defaults__", (1.0,))
     fake_hub.silent = True
     with pytest.raises(HubError, match="data set 'org/texts' could not be had"):
         load_multiple_choice("org/texts")
@@ -261,21 +261,21 @@ def test_official_files_and_real_models(shared):
 
 def test_openings_are_the_stories_cut_in_two():
     preset = PRESETS["embedded"]
-    stories = read_multiple_choice(preset.multiple_choice)
-    openings = read_articles(ROOT / "data/samples/openings.jsonl")
+    stories = load_multiple_choice(preset.multiple_choice)
+    openings = load_articles(ROOT / "data/samples/openings.jsonl", None)
     assert [f"{o.article} {o.highlights}" for o in openings] == [story.text for story in stories]
-    parts = {split: read_multiple_choice(preset.multiple_choice, split) for split in ("train", "test")}
+    parts = {split: load_multiple_choice(preset.multiple_choice, split) for split in ("train", "test")}
     assert len(parts["train"]) + len(parts["test"]) == len(stories)
-    assert len(read_articles(ROOT / "data/samples/openings.jsonl", "test")) == len(parts["test"]) >= 50
+    assert len(load_articles(ROOT / "data/samples/openings.jsonl", "test")) == len(parts["test"]) >= 50
     with pytest.raises(ValueError, match="holds no items of split 'dev'"):
-        read_multiple_choice(preset.multiple_choice, "dev")
+        load_multiple_choice(preset.multiple_choice, "dev")
 
 
 def test_articles_in_official_format(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"id": 1, "article": " A. ", "highlights": "B."})
-    assert [(a.article, a.highlights) for a in read_articles(path)] == [("A.", "B.")]
+    assert [(a.article, a.highlights) for a in load_articles(path)] == [("A.", "B.")]
     with pytest.raises(ValueError, match=r"line 1: missing field\(s\) \['highlights'\]; expected article, highlights"):
-        read_articles(write_lines(path, {"article": "A."}))
+        load_articles(write_lines(path, {"article": "A."}))
 
 
 def test_a_data_set_folder_loads_through_the_hub_code(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, QuantizedCache
 
+from helpers.cache.bucket import Segment, Stage
 from helpers.cache.layer import PackedLayer
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.store import PackedStore
@@ -25,8 +26,10 @@ class Accounting:
         """Every tensor that the cache owns, spare capacity included; one that is shared may come more than once."""
         for store in self.stores:
             yield from store.tensors()
-        tails = [x for layer in self.layers for x in (layer.keys, layer.values, layer.received)]
-        yield from (x for x in (*tails, self.visible, self.attention_variance) if x is not None)
+        for layer in self.layers:
+            yield from layer.states()
+        recorded = (layer.received for layer in self.layers)
+        yield from (x for x in (*recorded, self.visible, self.attention_variance) if x is not None)
         yield from (total for total, *_ in self.checks.waiting)
 
     def stored_bytes(self) -> int:
@@ -37,14 +40,11 @@ class Accounting:
 
     def live_bytes(self) -> int:
         """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
-        spare = [x[:, :, layer.tail_length :] for layer in self._filled() for x in (layer.keys, layer.values)]
-        live = self.stored_bytes() - sum(x.numel() * x.element_size() for x in spare)
-        for store in self.stores:
-            for bucket in store.layout.buckets.values():
-                for segment in bucket.segments:
-                    whole, held = segment.buffers.named().values(), segment.held().named().values()
-                    live -= sum((x.numel() - y.numel()) * x.element_size() for x, y in zip(whole, held, strict=True))
-        return live
+        spare = sum(x[:, :, layer.tail_length :].nbytes for layer in self.layers for x in layer.states())
+        for _, segment in self._segments():
+            unused = segment.capacity - segment.slots
+            spare += sum(x.nbytes // segment.capacity * unused for x in segment.buffers.named().values())
+        return self.stored_bytes() - spare
 
     def peak_bytes(self) -> int:
         """The most memory that the cache had at any moment since the last reset, temporary tensors included.
@@ -54,13 +54,13 @@ class Accounting:
         self.peak.note(*self.tensors())
         return self.peak.bytes
 
-    def _filled(self) -> list[PackedLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+    def _segments(self) -> list[tuple[Stage, Segment]]:
+        return [pair for store in self.stores for pair in store.layout.segments()]
 
     def bits_per_element(self) -> float:
         """Live bits per cached number, scales, bookkeeping and tail included; 16 would be plain half precision."""
-        states = [x for layer in self._filled() for x in (layer.keys, layer.values)]
-        elements = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in states) * self.get_seq_length()
+        a_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for layer in self.layers for x in layer.states())
+        elements = a_token * self.get_seq_length()
         return 8 * self.live_bytes() / elements if elements else 0.0
 
     def code_bits(self) -> float:
@@ -79,7 +79,7 @@ class Accounting:
         rows, heads = self.layers[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.layers)
         packed = self.layers[0].packed_length
         total = torch.zeros(rows, packed + 1, dtype=torch.float64)  # the last takes what empty slots hold
-        for stage, segment in (pair for store in self.stores for pair in store.layout.segments()):
+        for stage, segment in self._segments():
             held = segment.held()
             at = held.positions().masked_fill(held.token == EMPTY, packed).transpose(0, 1).flatten(1).cpu()
             bits = (stage.key_bits + stage.value_bits) / 2
@@ -93,7 +93,7 @@ def stored_bytes(cache: Cache) -> int:
     if isinstance(cache, Accounting):
         return cache.stored_bytes()
     tensors = {id(t): t for layer in cache.layers for value in vars(layer).values() for t in _tensors(value)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values())
 
 
 def live_bytes(cache: Cache) -> int:

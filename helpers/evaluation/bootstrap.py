@@ -1,34 +1,47 @@
-"""Means, medians and ratios with bootstrap intervals over texts."""
+"""Means, medians and ratios with bootstrap intervals over texts.
+
+A value stands first in each result, then the ends of its percentile interval. Draws are seeded.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 
-
-def bootstrap_mean(
-    values: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of per-text `values` with a percentile bootstrap interval over texts: (mean, low, high).
-
-    Pass per-text differences for a paired comparison.
-    """
-    return _bootstrap(values, np.mean, resamples, level, seed)
+Interval = tuple[float, float, float]  # value, low, high
 
 
-def bootstrap_median(
-    values: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """Median of `values` with a percentile bootstrap interval: (median, low, high)."""
-    return _bootstrap(values, np.median, resamples, level, seed)
+def bootstrap_mean(values: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of per-text `values` with its interval. Pass per-text differences for a paired comparison."""
+    return _bootstrap([values], lambda x: x.mean(-1), "values", resamples, level, seed)
 
 
-def _bootstrap(values: np.ndarray, statistic, resamples: int, level: float, seed: int) -> tuple[float, float, float]:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be a non-empty list with one number a text, got shape {values.shape}")
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(statistic(values[draws], axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(values)), float(low), float(high)
+def bootstrap_median(values: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Median of `values` with its interval."""
+    return _bootstrap([values], lambda x: np.median(x, -1), "values", resamples, level, seed)
+
+
+def bootstrap_ratio(
+    numerator: np.ndarray, denominator: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Ratio of the means of two per-text measures, texts drawn in pairs."""
+    what = "numerator and denominator"
+    return _bootstrap([numerator, denominator], lambda a, b: a.mean(-1) / b.mean(-1), what, resamples, level, seed)
+
+
+def _bootstrap(samples: list, statistic: Callable, what: str, resamples: int, level: float, seed: int) -> Interval:
+    samples = [np.asarray(values, dtype=np.float64) for values in samples]
+    texts = samples[0].size
+    if not texts or any(values.shape != (texts,) for values in samples):
+        shapes = " and ".join(str(values.shape) for values in samples)
+        raise ValueError(f"{what} must hold one number a text each, got shape {shapes}")
+    draws = np.random.default_rng(seed).integers(texts, size=(resamples, texts))
+    low, high = np.quantile(statistic(*(values[draws] for values in samples)), [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(*samples)), float(low), float(high)
+
+
+def interval_columns(name: str, values: np.ndarray) -> dict[str, float]:
+    """Columns `name`, `name`_low and `name`_high of a table: `bootstrap_mean` of per-text `values`."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_mean(values), strict=True))
 
 
 def bootstrap_groups(
@@ -37,7 +50,7 @@ def bootstrap_groups(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Interval:
     """`statistic(rows)` with an interval from resampling whole groups (texts): (value, low, high).
 
     `statistic` takes an integer array of row numbers; `groups` `[rows]` names each row's text.
@@ -50,16 +63,3 @@ def bootstrap_groups(
     ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(statistic(np.arange(len(groups)))), float(low), float(high)
-
-
-def bootstrap_ratio(
-    numerator: np.ndarray, denominator: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """Ratio of the means of two per-text measures with a paired bootstrap interval over texts: (ratio, low, high)."""
-    pairs = np.stack([np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)])
-    if pairs.ndim != 2 or not pairs.shape[1]:
-        raise ValueError(f"numerator and denominator must hold one number a text each, got shape {pairs.shape[1:]}")
-    draws = np.random.default_rng(seed).integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
-    above, below = pairs[:, draws].mean(axis=-1)
-    low, high = np.quantile(above / below, [(1 - level) / 2, (1 + level) / 2])
-    return float(pairs[0].mean() / pairs[1].mean()), float(low), float(high)

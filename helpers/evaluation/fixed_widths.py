@@ -5,12 +5,16 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from helpers.evaluation.bootstrap import bootstrap_mean
+from helpers.evaluation.bootstrap import interval_columns
 from helpers.evaluation.methods import PackedMethod
-from helpers.evaluation.quality import full_precision_accuracy, measure_method
+from helpers.evaluation.quality import full_precision_accuracy, measure_method, quality_row
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.rules import FixedBits
+
+COLUMNS = ["text", "sequences", "tokens", "store", "code_bits", "bits_per_element", "kl", "kl_low", "kl_high",
+           "accuracy", "accuracy_full", "accuracy_change", "accuracy_change_low", "accuracy_change_high"]  # fmt: skip
 
 SAMPLED_METHODS = (
     PackedMethod(FixedBits(4), 1, "minmax"),
@@ -20,8 +24,6 @@ SAMPLED_METHODS = (
     PackedMethod(FixedBits(2), 1),
     PackedMethod(FixedBits(2), 16),
 )
-
-
 TEXT_METHODS = (
     PackedMethod(FixedBits(8)),
     PackedMethod(FixedBits(4)),
@@ -44,41 +46,24 @@ def sample_sequences(model: PreTrainedModel, count: int, length: int, seed: int 
     for start in tqdm(range(0, count, batch), desc="sampling", leave=False):
         rows = min(batch, count - start)
         ids = torch.full((rows, 1), model.config.bos_token_id, device=model.device)
-        cache = DynamicCache(config=model.config)
+        cached = CachedModel(model)
         while ids.shape[1] < length:
-            logits = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
+            logits = cached.read(ids[:, -1:])[:, -1].float()
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         parts.append(ids)
     return torch.cat(parts)
 
 
 def quality_table(
-    model: PreTrainedModel, sequences: torch.Tensor, stores: Sequence[PackedMethod], text: str, first: int = 0
+    model: PreTrainedModel, sequences: torch.Tensor, methods: Sequence[PackedMethod], text: str, first: int = 0
 ) -> pd.DataFrame:
-    """One row a store: mean KL and accuracy with 95% bootstrap intervals over sequences, and widths."""
+    """One row a method: mean KL and change of accuracy with 95% bootstrap intervals over sequences, and widths."""
     rows = []
     full = full_precision_accuracy(model, sequences, first)
-    for store in stores:
-        measured = measure_method(model, sequences, store, first)
-        kl, kl_low, kl_high = bootstrap_mean(measured["kl"])
-        loss, loss_low, loss_high = bootstrap_mean(measured["accuracy"] - full)
-        rows.append(
-            {
-                "text": text,
-                "sequences": len(sequences),
-                "tokens": sequences.shape[1],
-                "store": f"{store.policy.name}, block {store.block}"
-                + ", plain min-max" * (store.quantizer == "minmax"),
-                "code_bits": measured["code_bits"],
-                "bits_per_element": measured["bits_per_element"],
-                "kl": kl,
-                "kl_low": kl_low,
-                "kl_high": kl_high,
-                "accuracy": float(measured["accuracy"].mean()),
-                "accuracy_full": float(full.mean()),
-                "accuracy_change": loss,
-                "accuracy_change_low": loss_low,
-                "accuracy_change_high": loss_high,
-            }
-        )
-    return pd.DataFrame(rows)
+    for method in methods:
+        measured = measure_method(model, sequences, method, first)
+        name = f"{method.policy.name}, block {method.block}" + ", plain min-max" * (method.quantizer == "minmax")
+        row = {"text": text, "sequences": len(sequences), "tokens": sequences.shape[1], "store": name}
+        row |= quality_row(measured) | {"accuracy_full": float(full.mean())}
+        rows.append(row | interval_columns("accuracy_change", measured["accuracy"] - full))
+    return pd.DataFrame(rows)[COLUMNS]

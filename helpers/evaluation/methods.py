@@ -1,23 +1,25 @@
 """Ways to store a cache, under one interface, so that every measurement treats all of them alike.
 
-`Store` is this project's cache under a policy; `FullPrecision` is what transformers does by default; `StockQuantized`
-is the library's own quantized cache, where its backend is installed (`pip install -e .[peers]`). Each opens a fresh
-cache and, where there is a policy, its driver.
+`PackedMethod` is this project's cache under a policy; `FullPrecision` is what transformers does by default;
+`StockQuantized` is the library's own quantized cache, where its backend is installed (`pip install -e .[peers]`). Each
+opens a `CachedModel` on an empty cache. Tables and figures arrange methods by `Group`.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import QuantizedCache
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.learned import LearnedController
-from helpers.policies.policy import Policy, Step, policy_for_text
+from helpers.policies.policy import Policy, Step
 from helpers.policies.rules import EntropyRule, FixedBits
-from helpers.policies.schedules import SCHEDULES, AgeSchedule
+from helpers.policies.schedules import RANKINGS, SCHEDULES, AgeSchedule
 
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
@@ -36,10 +38,10 @@ class PackedMethod:
         block = "" if self.block == 16 else f", block {self.block}"
         return f"{self.policy.name}{block}{plain}"
 
-    def open(self, model: PreTrainedModel, text: int = 0) -> tuple[Cache, PolicyDriver | None]:
-        """An empty cache for `model` and the driver that commits to it; `text` seeds random policies."""
+    def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
+        """`model` with an empty cache and the driver that commits to it; `text` seeds random policies."""
         cache = PackedKVCache(model.config, block=self.block, quantizer=self.quantizer)
-        return cache, PolicyDriver(model, cache, policy_for_text(self.policy, text))
+        return CachedModel(model, cache, PolicyDriver(model, cache, self.policy.for_text(text)))
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class FullPrecision:
     name: str = "full precision"
     block: int = 16
 
-    def open(self, model: PreTrainedModel, text: int = 0) -> tuple[Cache, PolicyDriver | None]:
-        return DynamicCache(config=model.config), None
+    def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
+        """`model` with an empty cache of the library's."""
+        return CachedModel(model)
 
 
 @dataclass(frozen=True)
@@ -68,52 +71,67 @@ class StockQuantized:
 
     @property
     def installed(self) -> bool:
-        package = BACKENDS[self.backend]
+        """Whether the backend is there."""
         try:
-            return importlib.util.find_spec(package) is not None
+            return importlib.util.find_spec(BACKENDS[self.backend]) is not None
         except ModuleNotFoundError:
             return False
 
-    def open(self, model: PreTrainedModel, text: int = 0) -> tuple[Cache, PolicyDriver | None]:
-        options = {"axis_key": 1, "axis_value": 1} if self.backend == "hqq" else {}
+    def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
+        """`model` with an empty quantized cache."""
+        axes = {"axis_key": 1, "axis_value": 1} if self.backend == "hqq" else {}
         config = model.config.get_text_config(decoder=True)
-        group = min(64, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        group = min(64, head_dim(config))
         cache = QuantizedCache(
-            self.backend, config, nbits=self.bits, q_group_size=group, residual_length=self.residual, **options
+            self.backend, config, nbits=self.bits, q_group_size=group, residual_length=self.residual, **axes
         )
-        return cache, None
+        return CachedModel(model, cache)
 
 
 Method = PackedMethod | FullPrecision | StockQuantized
 
 
+def head_dim(config: PreTrainedConfig) -> int:
+    """Numbers in a key of one head; some configurations leave it to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Group:
+    """Methods of one kind, under the name that tables and the colours of figures give the kind."""
+
+    name: str
+    methods: Sequence[Method]
+    chooses_endings: bool = True  # takes part in multiple choice
+    random_control: bool = False  # each method is followed by widths drawn at random with the same histogram
+
+
 def stock_methods() -> list[StockQuantized]:
     """The stock quantized caches whose backends are installed."""
-    return [store for store in map(StockQuantized, BACKENDS) if store.installed]
+    return [method for method in map(StockQuantized, BACKENDS) if method.installed]
 
 
-def default_methods(controllers: str | Path) -> dict[str, list[Method]]:
-    """Group of each store -> stores, the controllers read from the folder `controllers`.
+def default_methods(controllers: str | Path) -> list[Group]:
+    """All methods of the comparison, the learned ones read from the folder `controllers`.
 
-    Random controls that match the histogram of another policy are added by `compare`, which measures it.
+    The hand-made schedules sit out the multiple choice: its contexts are a few blocks long, and hardly anything in
+    them grows old enough to move.
     """
-    simple = [AgeSchedule(4, (Step(3, 2),)), AgeSchedule(8, (Step(3, 4), Step(6, 2)))]
-    ranked = [
-        AgeSchedule(commit, steps, ranking)
-        for commit, steps in SCHEDULES
-        for ranking in ("random", "attention", "attention x error")
+
+    def packed(*policies: Policy) -> list[PackedMethod]:
+        return [PackedMethod(policy) for policy in policies]
+
+    imitation, commit = (LearnedController.load(controllers, name) for name in ("imitation", "commit"))
+    ranked = [AgeSchedule(*schedule, ranking) for schedule in SCHEDULES for ranking in RANKINGS]
+    learned = [LearnedController.load(controllers, "settle", *schedule) for schedule in SCHEDULES]
+    widths = [PackedMethod(FixedBits(bits), quantizer=q) for bits in (8, 4, 2) for q in ("rotated", "minmax")]
+    simple = AgeSchedule(4, (Step(3, 2),)), AgeSchedule(8, (Step(3, 4), Step(6, 2)))
+    return [
+        Group("full precision", [FullPrecision()]),
+        Group("static", widths),
+        Group("rule", packed(EntropyRule()), random_control=True),
+        Group("schedule", packed(*simple, *ranked), chooses_endings=False),
+        Group("learned at commit", packed(imitation, commit.at_average(4.0)), random_control=True),
+        Group("learned at settle", packed(*learned)),
+        Group("stock", stock_methods()),
     ]
-    return {
-        "full precision": [FullPrecision()],
-        "static": [PackedMethod(FixedBits(bits), quantizer=q) for bits in (8, 4, 2) for q in ("rotated", "minmax")],
-        "rule": [PackedMethod(EntropyRule())],
-        "schedule": [PackedMethod(policy) for policy in (*simple, *ranked)],
-        "learned at commit": [
-            PackedMethod(LearnedController.load(controllers, "seed")),
-            PackedMethod(LearnedController.load(controllers, "commit", average=4.0)),
-        ],
-        "learned at settle": [
-            PackedMethod(LearnedController.load(controllers, "settle", commit, steps)) for commit, steps in SCHEDULES
-        ],
-        "stock": list(stock_methods()),
-    }

@@ -1,10 +1,11 @@
 """Measures over plain tensors and arrays: agreement with full precision, accuracy, classification."""
 
 import numpy as np
-import pandas as pd
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import f1_score
 
-from helpers.evaluation.bootstrap import bootstrap_groups
+from helpers.evaluation.bootstrap import Interval, bootstrap_groups
 
 
 def kl_divergence(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -18,23 +19,18 @@ def next_token_hits(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     return logits.argmax(-1) == token_ids
 
 
-def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes that occur in `labels` of F1 = 2 TP / (2 TP + FP + FN)."""
-    scores = []
-    for kind in np.unique(labels):
-        hits = np.sum((labels == kind) & (predicted == kind))
-        scores.append(2 * hits / (np.sum(labels == kind) + np.sum(predicted == kind)))
-    return float(np.mean(scores))
-
-
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their mean rank."""
-    return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
+    """Spearman's rank correlation."""
+    return float(spearmanr(a, b).statistic)
 
 
-def classification_scores(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> dict[str, tuple]:
-    """`accuracy` and `macro-F1`, each (value, low, high) with whole `groups` (texts) resampled."""
+def classification_scores(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> dict[str, Interval]:
+    """`accuracy` and `macro-F1` (over the classes that occur), each with whole `groups` (texts) resampled."""
+
+    def macro_f1(rows: np.ndarray) -> float:
+        return f1_score(labels[rows], predicted[rows], labels=np.unique(labels[rows]), average="macro")
+
     return {
         "accuracy": bootstrap_groups(lambda rows: float(np.mean(labels[rows] == predicted[rows])), groups),
-        "macro-F1": bootstrap_groups(lambda rows: macro_f1(labels[rows], predicted[rows]), groups),
+        "macro-F1": bootstrap_groups(macro_f1, groups),
     }

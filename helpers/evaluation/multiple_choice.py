@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import QuantizedCache
 
 from helpers.evaluation.methods import Method
 from helpers.io.processes import spread
 from helpers.models.items import MultipleChoice
-from helpers.policies.features import surprisal
+from helpers.policies.cached_model import CachedModel
+from helpers.policies.features import log_probabilities, surprisal_of
 
 
 @torch.no_grad()
@@ -24,12 +25,12 @@ def ending_log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     item: MultipleChoice,
-    store: Method | None = None,
+    method: Method | None = None,
     text: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihood (nats) of each ending after the context, and each ending's length in bytes.
 
-    Without `store`, one full-precision forward. With it, the context is read and committed to the cache first, and a
+    Without `method`, one full-precision forward. With it, the context is read and committed to the cache first, and a
     second pass over the endings reads what the cache made of it: a cache's first forward sees nothing quantized. An
     ending's tokens are those that follow the context's in the tokens of both together; a text longer than the model's
     context loses its beginning. Raises `ValueError` for an item with an empty context or ending.
@@ -44,23 +45,21 @@ def ending_log_likelihoods(
     # Padding on the right: under causal attention no token ever sees it.
     endings = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     read = torch.tensor([context], device=model.device)
-    if store is None:
+    if method is None:
         ids = torch.cat([read.expand(len(rows), -1), endings], dim=1)
         logits = model(input_ids=ids).logits[:, len(context) - 1 : -1]
     else:
-        cache, driver = store.open(model, text)
-        first = model(input_ids=read, cache=cache).logits
-        if driver is not None:
-            driver.observe(read, first)
-        logits = torch.cat([first[:, -1:].expand(len(rows), -1, -1), _second_pass(model, cache, endings)], dim=1)
-    log_p = -surprisal(logits, endings)
+        cached = method.open(model, text)
+        first = cached.read(read)[:, -1:]
+        logits = torch.cat([first.expand(len(rows), -1, -1), _second_pass(cached, endings)], dim=1)
+    log_p = -surprisal_of(log_probabilities(logits), endings)
     sums = [log_p[number, : len(row)].sum().item() for number, row in enumerate(rows)]
     return np.array(sums), np.array([len(ending.encode()) for ending in item.endings])
 
 
-def _second_pass(model: PreTrainedModel, cache: Cache, endings: torch.Tensor) -> torch.Tensor:
+def _second_pass(cached: CachedModel, endings: torch.Tensor) -> torch.Tensor:
     """Logits `[endings, width - 1, vocabulary]` at all but the last token of each ending, after the cached context."""
-    ids = endings[:, :-1]
+    model, cache, ids = cached.model, cached.cache, endings[:, :-1]
     if not ids.shape[1]:
         return endings.new_zeros(len(ids), 0, model.config.vocab_size, dtype=model.dtype)
     if isinstance(cache, QuantizedCache):  # its rows cannot be repeated, but an update leaves old tensors alone
@@ -68,27 +67,27 @@ def _second_pass(model: PreTrainedModel, cache: Cache, endings: torch.Tensor) ->
         for row in ids:
             branch = copy.copy(cache)
             branch.layers = [copy.copy(layer) for layer in cache.layers]
-            parts.append(model(input_ids=row[None], cache=branch).logits)
+            parts.append(CachedModel(model, branch).read(row[None]))
         return torch.cat(parts)
     cache.batch_repeat_interleave(len(ids))
-    return model(input_ids=ids, cache=cache).logits
+    return cached.forward(ids)
 
 
 def score_items(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[MultipleChoice],
-    store: Method | None = None,
+    method: Method | None = None,
 ) -> pd.DataFrame:
     """One row an item: `acc` and `acc_norm`, each 1.0 where the true ending came out on top.
 
-    With `store`, contexts are read through its cache (see `ending_log_likelihoods`). Several processes (see
-    `helpers.processes`) share the items; all get the same table.
+    With `method`, contexts are read through its cache (see `ending_log_likelihoods`). Several processes (see
+    `helpers.io.processes`) share the items; all get the same table.
     """
 
     def score(number: int) -> dict[str, float]:
         label = items[number].label
-        sums, lengths = ending_log_likelihoods(model, tokenizer, items[number], store, number)
+        sums, lengths = ending_log_likelihoods(model, tokenizer, items[number], method, number)
         return {"acc": float(sums.argmax() == label), "acc_norm": float((sums / lengths).argmax() == label)}
 
     return pd.DataFrame(spread(score, [len(item.context) for item in items], "multiple choice"))

@@ -1,10 +1,4 @@
-"""What packing costs in quality: KL to full precision and next-token accuracy of fixed widths, block by block.
-
-    python main.py quality --model MODEL --texts STORIES
-
-Two kinds of text: sequences that the model itself samples at temperature 1 (its own distribution, harder), and the
-last tenth of a story file, packed.
-"""
+"""What a method costs in quality: KL to full precision and next-token accuracy, block by block."""
 
 import numpy as np
 import torch
@@ -12,20 +6,21 @@ from transformers import PreTrainedModel
 
 from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
 from helpers.cache.quantization import WIDTHS
-from helpers.evaluation.methods import Method
+from helpers.evaluation.bootstrap import interval_columns
+from helpers.evaluation.methods import Method, head_dim
 from helpers.evaluation.metrics import kl_divergence, next_token_hits
 from helpers.io.processes import spread
-from helpers.policies.features import surprisal
-from helpers.policies.reading import score_blocks
+from helpers.policies.cached_model import score_blocks
+from helpers.policies.features import log_probabilities, surprisal_of
 
 
 @torch.no_grad()
 def measure_method(
-    model: PreTrainedModel, sequences: torch.Tensor, store: Method, first: int = 0, batch: int = 25
+    model: PreTrainedModel, sequences: torch.Tensor, method: Method, first: int = 0, batch: int = 25
 ) -> dict[str, object]:
-    """Quality of one store on `sequences` `[count, tokens]`, over the positions from `first` on.
+    """Quality of one method on `sequences` `[count, tokens]`, over the positions from `first` on.
 
-    Several processes (see `helpers.processes`) share the batches; all get the same result.
+    Several processes (see `helpers.io.processes`) share the batches; all get the same result.
     Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); the averages
     `code_bits`, `bits_per_element` and `live_bytes` (of one sequence) of the cache as the last token sees it, its tail
     counted; `peak_bytes`, the most that one sequence ever held with spare capacity; and `widths`, the shares of 2,
@@ -33,7 +28,9 @@ def measure_method(
     """
     batches = sequences.split(batch)
     parts = spread(
-        lambda number: _measure_batch(model, batches[number], store, number, first), list(map(len, batches)), store.name
+        lambda number: _measure_batch(model, batches[number], method, number, first),
+        list(map(len, batches)),
+        method.name,
     )
     arrays = {name: np.array([x for part in parts for x in part[name]]) for name in ("kl", "accuracy", "loss")}
     held = ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")
@@ -42,27 +39,27 @@ def measure_method(
     return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
 
 
-def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, store: Method, number: int, first: int) -> dict:
+def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, method: Method, number: int, first: int) -> dict:
     """`measure_method` for the rows of batch `number`; `widths` are counts."""
     reference = model(input_ids=rows).logits
-    cache, driver = store.open(model, number)
+    cached = method.open(model, number)
     kl, hits, losses, peak = [], [], [], 0
-    for span, logits in score_blocks(model, rows, cache, driver, store.block):
+    for span, logits in score_blocks(cached, rows, method.block):
         kl.append(kl_divergence(reference[:, span], logits))
         following = rows[:, span.start + 1 : span.stop + 1]
         logits = logits[:, : following.shape[1]]
         hits.append(next_token_hits(logits, following))
-        losses.append(surprisal(logits, following))
-        peak = max(peak, stored_bytes(cache))
-        now = code_bits(cache), live_bytes(cache)  # before this block is committed
+        losses.append(surprisal_of(log_probabilities(logits), following))
+        peak = max(peak, stored_bytes(cached.cache))
+        now = code_bits(cached.cache), live_bytes(cached.cache)  # before this block is committed
     measures = (("kl", kl), ("accuracy", hits), ("loss", losses))
     result: dict = {name: torch.cat(parts, 1)[:, first:].double().mean(1).tolist() for name, parts in measures}
     result["code_bits"], live = now
     result["bits_per_element"] = 8 * live / (2 * rows.numel() * _numbers_per_token(model))
     result["live_bytes"], result["peak_bytes"] = live / len(rows), peak / len(rows)
     result["widths"] = np.zeros(len(WIDTHS))
-    if driver is not None and driver.chosen:
-        chosen = torch.cat([c.cpu() for c in driver.chosen], dim=1)
+    if cached.driver is not None and cached.driver.chosen:
+        chosen = torch.cat(cached.driver.chosen, dim=1)
         result["widths"] += [(chosen == bits).sum().item() for bits in WIDTHS]
     return result
 
@@ -70,9 +67,18 @@ def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, store: Method, nu
 def _numbers_per_token(model: PreTrainedModel) -> int:
     """Key (or value) numbers that a token has in all layers."""
     config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers * heads * head_dim
+    return config.num_hidden_layers * heads * head_dim(config)
+
+
+def quality_row(measured: dict) -> dict[str, float]:
+    """What `measure_method` found as columns of a table: means over sequences, KL with its 95% interval."""
+    return {
+        **{name: measured[name] for name in ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")},
+        "accuracy": float(measured["accuracy"].mean()),
+        "perplexity": float(np.exp(measured["loss"].mean())),
+        **interval_columns("kl", measured["kl"]),
+    }
 
 
 def full_precision_accuracy(model: PreTrainedModel, sequences: torch.Tensor, first: int, batch: int = 25) -> np.ndarray:

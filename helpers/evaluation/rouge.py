@@ -15,7 +15,10 @@ import numpy as np
 
 
 class Rouge(evaluate.Metric):
-    """Mean ROUGE F-measures (0-1) of `metrics.rouge_scores`; `compute(use_stemmer=False)` leaves words as they are."""
+    """ROUGE F-measures (0-1) of `rouge_scores`: means, or with `compute(average=False)` a list with one a text.
+
+    `compute(use_stemmer=False)` leaves words as they are.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -26,9 +29,11 @@ class Rouge(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
-    def _compute(self, predictions: list[str], references: list[str], use_stemmer: bool = True) -> dict[str, float]:
+    def _compute(
+        self, predictions: list[str], references: list[str], use_stemmer: bool = True, average: bool = True
+    ) -> dict[str, float | list[float]]:
         scores = rouge_scores(predictions, references, use_stemmer)
-        return {name: float(scores[name].mean()) for name in ROUGE_TYPES}
+        return {name: float(scores[name].mean()) if average else scores[name].tolist() for name in ROUGE_TYPES}
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")

@@ -1,1 +1,18 @@
-"""Entropy-gated generation."""
+"""Entropy-gated generation: a small model writes a text, and where it is unsure a large model writes that token.
+
+Read `generation`, `gate` and `signals`; the rest are their parts: thresholds (`calibration`, `correction`), prompts,
+reading and writing. What a gate gains and costs is measured in `helpers.gate.study`, which nothing here needs.
+"""
+
+from helpers.gate.calibration import text_signals
+from helpers.gate.correction import correct_by_bisection, measure_usage
+from helpers.gate.gate import EntropyGate, OnlineTracker
+from helpers.gate.generation import gated_generate
+from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
+from helpers.gate.signals import SIGNALS, Signal
+from helpers.gate.text import LARGE, SMALL, Generated, trace
+
+__all__ = [
+    "LARGE", "SIGNALS", "SMALL", "EntropyGate", "Generated", "OnlineTracker", "Signal", "check_same_tokens",
+    "correct_by_bisection", "end_tokens", "gated_generate", "measure_usage", "prompt_ids", "text_signals", "trace",
+]  # fmt: skip

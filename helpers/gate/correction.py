@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.gate.gate import EntropyGate
+from helpers.gate.gate import EntropyGate, check_usage
 from helpers.gate.generation import gated_generate
 
 
@@ -49,8 +49,7 @@ def correct_by_bisection(
     `rounds` generations of all prompts were made; the best threshold met wins. Use prompts that the evaluation does
     not use. With a rollback, tokens that it puts in count as the large model's, and a low target may be out of reach.
     """
-    if not 0 <= target_usage <= 1:
-        raise ValueError(f"target_usage must be a share between 0 and 1, got {target_usage}")
+    check_usage(target_usage)
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     plain = EntropyGate(gate.threshold, gate.signal, gate.rollback, gate.seed)  # a tracker would move while measured
@@ -59,11 +58,10 @@ def correct_by_bisection(
     low, high = -math.inf, math.inf  # thresholds known to be too low and too high
     best, error, threshold = plain, math.inf, plain.threshold
     for _ in range(rounds):
-        usage, signals = measure_usage(
-            small, large, tokenizer, prompts, replace(plain, threshold=threshold), max_new_tokens, **settings
-        )
+        tried = replace(plain, threshold=threshold)
+        usage, signals = measure_usage(small, large, tokenizer, prompts, tried, max_new_tokens, **settings)
         if abs(usage - target_usage) < error:
-            best, error = replace(plain, threshold=threshold), abs(usage - target_usage)
+            best, error = tried, abs(usage - target_usage)
         if error <= tolerance:
             break
         if usage > target_usage:

@@ -4,23 +4,24 @@
     result = gated_generate(small, large, tokenizer, "Once upon a time", gate)
     result.text, result.usage, result.authors
 
-Both models keep caches. The large one is idle until the gate fires; then it reads all tokens that it has not seen in
-one forward and writes the next one. With usage p and cost ratio c (small to large, per token) no gate can be faster
-than `1 / (c + p)` times the large model. Here are the gate and its generation loop; how a threshold is found
-is in `calibration.py`, what to compare with in `gate_baselines.py`. One text at a time.
+Both models keep caches. The large one is idle until the gate fires; then it *catches up*: it reads all tokens that it
+has not seen in one forward, and writes the next one. With a *rollback* it judges them as well, and may take some back.
+*Usage* is the share of the tokens that it writes: with usage p and cost ratio c (small to large, per token) no gate
+can be faster than `1 / (c + p)` times the large model. One text at a time.
 """
 
 import math
-import time
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
-from helpers.gate.gate import EntropyGate, draws
-from helpers.gate.prompts import check_context, check_same_tokens, end_tokens, prompt_ids
-from helpers.gate.reader import CacheFactory, Reader
-from helpers.gate.signals import check_signal, entropy_bits, regret, uncertainty
-from helpers.gate.text import LARGE, SMALL, Generated, Sampler, Streamer, TokenStream
+from helpers.gate.gate import EntropyGate
+from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
+from helpers.gate.reading import CacheFactory, TextReader
+from helpers.gate.signals import random_stream
+from helpers.gate.text import LARGE, SMALL, Generated
+from helpers.gate.writing import Sampler, TokenStream
 from helpers.policies.decoding import synchronise
 
 
@@ -36,7 +37,7 @@ def gated_generate(
     large_tokenizer: PreTrainedTokenizerBase | None = None,
     small_cache: CacheFactory | None = None,
     large_cache: CacheFactory | None = None,
-    streamer: Streamer | None = None,
+    streamer: BaseStreamer | None = None,
     stop_at_end: bool = True,
 ) -> Generated:
     """Go on from `prompt`: the small model writes, the large one where the gate fires.
@@ -53,61 +54,50 @@ def gated_generate(
     large_tokenizer = large_tokenizer or tokenizer
     check_same_tokens(tokenizer, large_tokenizer)
     choose = Sampler(temperature, seed)
-    writer = Reader.start(small, prompt_ids(tokenizer, prompt), small_cache)
-    helper = Reader.start(large, prompt_ids(large_tokenizer, prompt), large_cache)
-    check_context(small, SMALL, len(writer.prompt), max_new_tokens)
-    check_context(large, LARGE, len(helper.prompt), max_new_tokens)
+    writer = TextReader(small, SMALL, prompt_ids(tokenizer, prompt), max_new_tokens, small_cache)
+    expert = TextReader(large, LARGE, prompt_ids(large_tokenizer, prompt), max_new_tokens, large_cache)
     ends = end_tokens(small, large) if stop_at_end else set()
-    draw = draws(gate, writer.prompt) if gate.signal == "random" else None
+    draw = random_stream(gate.seed, writer.prompt)
     keeps_predictions = gate.rollback is not None and writer.driver and "surprisal" in writer.driver.wanted
     predictions: list[torch.Tensor] = []  # of the small model, one a step, where a rollback may need them
-    result = Generated("", [], [], [], 0.0, 0.0)
+    result = Generated()
     written, authors = result.token_ids, result.authors
 
     synchronise(small.device)
-    started = time.perf_counter()
-    outlet = TokenStream(streamer, writer.prompt)
+    stream = TokenStream(streamer, writer.prompt)
     # Faster than no_grad, but what a packed cache keeps for later texts must not be born in it.
-    with torch.inference_mode(small_cache is None and large_cache is None), torch.no_grad():
+    with torch.inference_mode(small_cache is None and large_cache is None):
         while len(written) < max_new_tokens and not (written and written[-1] in ends):
-            logits = writer.read(written)[0]
+            logits = writer.catch_up(written)[0]
             if keeps_predictions:
                 predictions.append(logits)
-            verdicts = None
-            if gate.signal == "oracle":
-                verdicts = helper.read(written)
-                value = regret(verdicts[0], logits)
-            elif draw is not None:
-                value = draw()
-            else:
-                value = entropy_bits(logits) if gate.signal == "entropy" else float(uncertainty(logits, gate.signal))
-            check_signal(value, len(written))
+            verdicts = expert.catch_up(written) if gate.signal.needs_large else None
+            value = gate.signal.value(logits, None if verdicts is None else verdicts[0], draw)
+            _check_number(value, len(written))
             fired = gate.fires(value)
             result.signal.append(value)
             if fired:
                 result.large_calls += 1
                 if verdicts is None:
-                    unread = len(helper.prompt) + len(written) - helper.seen
-                    verdicts = helper.read(written, min(unread, len(written) + 1) if gate.rollback is not None else 1)
+                    judged = 0 if gate.rollback is None else min(expert.unread(written) - 1, len(written))
+                    verdicts = expert.catch_up(written, judged + 1)
                 stands = standing(verdicts, written, gate.rollback)
                 if excess := len(written) - stands:
                     result.rollbacks += 1
                     result.discarded += excess
-                    writer.take_back(excess, predictions[stands] if keeps_predictions else None)
-                    helper.take_back(excess, verdicts[-1 - excess])
+                    writer.take_back(excess, predictions[stands][None] if keeps_predictions else None)
+                    expert.take_back(excess, verdicts[-1 - excess][None])
                     for kept, length in ((written, stands), (authors, stands), (result.signal, stands + 1)):
                         del kept[length:]
                     del predictions[stands + 1 :]
-                written.append(choose(verdicts[-1 - excess]))
-            else:
-                written.append(choose(logits))
+                logits = verdicts[-1 - excess]
+            written.append(choose(logits))
             authors.append(LARGE if fired else SMALL)
             if fired or gate.rollback is None:
-                outlet.show(written)
-    outlet.show(written)
-    result.seconds = time.perf_counter() - started
-    result.first_token_seconds = outlet.first - started
-    outlet.end()
+                stream.show(written)
+    stream.show(written)
+    result.seconds, result.first_token_seconds = stream.seconds, stream.first_seconds
+    stream.end()
     result.text = tokenizer.decode(written, skip_special_tokens=True)
     return result
 
@@ -119,6 +109,15 @@ def standing(verdicts: torch.Tensor, written: list[int], rollback: float | None)
         return len(written)
     log_p = verdicts[:-1].to(torch.promote_types(verdicts.dtype, torch.float32)).log_softmax(-1)
     tokens = torch.tensor(written[-judged:], device=verdicts.device)
-    cost = log_p.gather(-1, tokens[:, None])[:, 0] / -math.log(2)
-    too_dear = (cost > rollback).tolist()
-    return len(written) - judged + (too_dear.index(True) if True in too_dear else judged)
+    bits = log_p.gather(-1, tokens[:, None])[:, 0] / -math.log(2)
+    too_surprising = (bits > rollback).tolist()
+    return len(written) - judged + (too_surprising.index(True) if True in too_surprising else judged)
+
+
+def _check_number(value: float, written: int) -> None:
+    """Raise `ValueError` where the signal of the token after `written` ones is NaN: its logits were no numbers."""
+    if math.isnan(value):
+        raise ValueError(
+            f"logits hold NaN or infinity after {written} written token(s), so that there is no entropy to gate by: "
+            "run the models in float32 or bfloat16, or look for the first layer whose output is not finite"
+        )

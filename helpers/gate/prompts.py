@@ -1,4 +1,4 @@
-"""Prompts of two models: chat templates, shared tokens, contexts, ends."""
+"""Prompts of two models: chat templates, the one vocabulary that both must share, and the tokens that end a text."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,18 +39,6 @@ def check_same_tokens(small: PreTrainedTokenizerBase, large: PreTrainedTokenizer
         reason = f"texts end with {small.eos_token!r} in the small model's and {large.eos_token!r} in the large one's"
     if reason:
         raise ValueError(f"the two models must share one tokenizer, since they read each other's tokens: {reason}")
-
-
-def check_context(model: PreTrainedModel, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise `ValueError` where the prompt and what is to be written do not fit into the model's context."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt: {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit into the context of the "
-            f"{name} model ({limit} tokens)"
-        )
 
 
 def end_tokens(*models: PreTrainedModel) -> set[int]:

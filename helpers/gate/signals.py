@@ -1,57 +1,118 @@
-"""How unsure a model is: the signals that a gate can read."""
+"""Signals: how unsure the small model is of the next token, as numbers that a gate compares with its threshold.
+
+The two controls, `random` and `oracle`, are members of the same family. Knows nothing of gates or generation.
+"""
 
 import math
+import random
+import zlib
+from collections.abc import Callable
 
 import torch
 
-SIGNALS = ("entropy", "max_prob", "margin", "random", "oracle")
+from helpers.policies.features import entropy_of, log_probabilities
 
 
-def uncertainty(logits: torch.Tensor, signal: str = "entropy") -> torch.Tensor:
-    """How unsure a next-token distribution is: `[..., vocabulary]` to `[...]`, in float32 at least; higher: less sure.
+class Signal:
+    """How unsure a model is; higher means less sure. A signal of one's own overrides `of`, or `value`."""
 
-    "entropy" in bits; "max_prob" is 1 - the largest probability; "margin" is 1 - (the largest - the second).
+    name = ""
+    needs_large = False  # reads the large model's prediction of every token, so that a gate by it saves nothing
+    uniform = False  # uniform in 0-1 whatever the text: its percentiles are known without reading any
 
-    >>> uncertainty(torch.zeros(4)).item()  # uniform over 4: two bits
-    2.0
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    p = logits.softmax(-1, dtype=dtype)
-    if signal == "entropy":
-        return torch.special.entr(p).sum(-1) / math.log(2)
-    if signal == "max_prob":
-        return 1 - p.amax(-1)
-    if signal == "margin":
-        best = p.topk(2, dim=-1).values
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        """The signal of next-token distributions `[..., vocabulary]`: `[...]`, in float32 at least."""
+        raise NotImplementedError(f"signal {self.name!r} cannot be read from the small model's logits alone")
+
+    def value(
+        self, small: torch.Tensor, large: torch.Tensor | None = None, draw: Callable[[], float] | None = None
+    ) -> float:
+        """The signal of one token, from the logits `[vocabulary]` of both models (`large` only if needed).
+
+        `draw` is a stream of random numbers in 0-1. NaN where logits are NaN or infinite.
+        """
+        return float(self.of(small))
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
+def _probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class Entropy(Signal):
+    """Entropy of the next-token distribution in bits."""
+
+    name = "entropy"
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        return entropy_of(log_probabilities(logits)) / math.log(2)
+
+    def value(self, small, large=None, draw=None) -> float:
+        # The fewest operations: right after a forward each takes several times as long as alone, since the
+        # processor's caches are full of weights.
+        log_p = small.log_softmax(-1, dtype=torch.promote_types(small.dtype, torch.float32))
+        bits = float(log_p.exp().dot(log_p)) / -math.log(2)
+        return float(self.of(small)) if math.isnan(bits) else bits  # 0 * -inf, where a token is ruled out
+
+
+class MaxProb(Signal):
+    """1 - the largest probability."""
+
+    name = "max_prob"
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        return 1 - _probabilities(logits).amax(-1)
+
+
+class Margin(Signal):
+    """1 - (the largest probability - the second)."""
+
+    name = "margin"
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        best = _probabilities(logits).topk(2, dim=-1).values
         return 1 - (best[..., 0] - best[..., 1])
-    raise ValueError(f"signal must be one of entropy, max_prob, margin to be read from logits, got {signal!r}")
 
 
-def entropy_bits(logits: torch.Tensor) -> float:
-    """`uncertainty(logits)` of one distribution `[vocabulary]`, in the fewest operations.
+class RandomControl(Signal):
+    """Drawn, whatever the text: what any signal must beat."""
 
-    Right after a model's forward each operation takes several times as long as alone, since the processor's caches
-    are full of weights.
-    """
-    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    bits = float(log_p.exp().dot(log_p)) / -math.log(2)
-    return float(uncertainty(logits)) if math.isnan(bits) else bits  # 0 * -inf, where a token is ruled out
+    name = "random"
+    uniform = True
 
-
-def check_signal(value: float, written: int) -> None:
-    """Raise `ValueError` where the signal of the token after `written` ones is NaN: its logits were no numbers."""
-    if math.isnan(value):
-        raise ValueError(
-            f"logits hold NaN or infinity after {written} written token(s), so that there is no entropy to gate by: "
-            "run the models in float32 or bfloat16, or look for the first layer whose output is not finite"
-        )
+    def value(self, small, large=None, draw=None) -> float:
+        return draw()
 
 
-def regret(large_logits: torch.Tensor, small_logits: torch.Tensor) -> float:
-    """By how many bits the large model prefers its own choice to the small one's."""
-    token = int(small_logits.argmax(-1))
-    large_logits = large_logits.to(torch.promote_types(large_logits.dtype, torch.float32))
-    if int(large_logits.argmax(-1)) == token:
-        return 0.0
-    # Of two choices that are equally probable one is taken: that is a difference, however small.
-    return max(float(large_logits.max() - large_logits[token]) / math.log(2), 1e-9)
+class Oracle(Signal):
+    """By how many bits the large model prefers its own choice to the small one's; 0 where they choose alike."""
+
+    name = "oracle"
+    needs_large = True
+
+    def value(self, small, large=None, draw=None) -> float:
+        token = int(small.argmax(-1))
+        large = large.to(torch.promote_types(large.dtype, torch.float32))
+        if int(large.argmax(-1)) == token:
+            return 0.0
+        # Of two choices that are equally probable one is taken: that is a difference, however small.
+        return max(float(large.max() - large[token]) / math.log(2), 1e-9)
+
+
+SIGNALS = {signal.name: signal for signal in (Entropy(), MaxProb(), Margin(), RandomControl(), Oracle())}
+
+
+def find_signal(signal: str | Signal) -> Signal:
+    """The signal of that name (a signal itself stays). Raises `ValueError` for names that are not in `SIGNALS`."""
+    if isinstance(signal, Signal):
+        return signal
+    if signal not in SIGNALS:
+        raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {signal!r}")
+    return SIGNALS[signal]
+
+
+def random_stream(seed: int, prompt: list[int]) -> Callable[[], float]:
+    """Random numbers in 0-1 that depend on the seed and the prompt, not on what was written before."""
+    return random.Random(f"{seed} {zlib.crc32(str(prompt).encode())}").random

@@ -1,23 +1,11 @@
-"""A generated text: who wrote which token, and its way to a streamer."""
+"""A generated text: what was written, by whom, and how long it took."""
 
-import math
-import time
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import pandas as pd
-import torch
 from transformers import PreTrainedTokenizerBase
 
 SMALL, LARGE = "small", "large"
-
-
-class Streamer(Protocol):
-    """What `generate()` streams to as well, such as `transformers.TextStreamer`."""
-
-    def put(self, value: torch.Tensor) -> None: ...
-
-    def end(self) -> None: ...
 
 
 @dataclass
@@ -29,12 +17,12 @@ class Generated:
     tokens that `rollbacks` took back.
     """
 
-    text: str
-    token_ids: list[int]
-    authors: list[str]  # "small" or "large"
-    signal: list[float]
-    seconds: float
-    first_token_seconds: float
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    authors: list[str] = field(default_factory=list)  # "small" or "large"
+    signal: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
     large_calls: int = 0
     rollbacks: int = 0
     discarded: int = 0
@@ -43,42 +31,6 @@ class Generated:
     def usage(self) -> float:
         """Share of the tokens that the large model wrote."""
         return self.authors.count(LARGE) / len(self.authors) if self.authors else 0.0
-
-
-class Sampler:
-    """The next token of a distribution: the most probable, or drawn at `temperature` on the CPU from a seed."""
-
-    def __init__(self, temperature: float, seed: int):
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
-        self.temperature, self.generator = temperature, torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        if not self.temperature:
-            return int(logits.argmax(-1))
-        p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
-        return int(torch.multinomial(p.cpu(), 1, generator=self.generator))
-
-
-class TokenStream:
-    """Hands tokens to the streamer once they stand, and remembers when the first did."""
-
-    def __init__(self, streamer: Streamer | None, prompt: list[int]):
-        self.streamer, self.shown, self.first = streamer, 0, 0.0
-        if streamer is not None:
-            streamer.put(torch.tensor([prompt]))
-
-    def show(self, written: list[int]) -> None:
-        if not self.shown and written:
-            self.first = time.perf_counter()
-        if self.streamer is not None:
-            for token in written[self.shown :]:
-                self.streamer.put(torch.tensor([token]))
-        self.shown = len(written)
-
-    def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()
 
 
 def trace(result: Generated, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:

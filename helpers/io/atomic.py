@@ -1,4 +1,4 @@
-"""Writing results so that a reader never sees half a file, and saying where a result came from.
+"""Writing files so that a reader never sees half of one.
 
 Every file of the project is written through `atomic_path`: to a temporary name in the same folder, then renamed.
 An interrupted run leaves the old file as it was; what it left behind is cleared away by the next one.
@@ -22,8 +22,6 @@ except ImportError:  # on Windows what a killed run left behind stays
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 YOUNG_SECONDS = 1.0  # a folder younger than this may not be locked yet by the process that made it
 
 

@@ -1,11 +1,9 @@
-"""Where the project and its results lie, and how a path is shown."""
+"""Where the project and its results lie, and how a path is shown in results and messages."""
 
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 FAST = "HELPERS_FAST"  # variable set by `publish --fast`: the folder that takes what such a run writes
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -23,16 +24,15 @@ def cpu_name() -> str:
 def peak_memory_bytes() -> int:
     """The largest resident memory that this process has had."""
     try:  # Linux: ru_maxrss would count what the parent held when it started this process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):  # no such file, or no such line in it
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         import psutil
 
         return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -1,5 +1,9 @@
-"""Results files: written whole or not at all, read with the notebook named that writes them."""
+"""Results files: tables and JSON with their provenance, and answers that are kept for the question they belong to.
 
+A file that is not there yet is an error that names the notebook which writes it.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 
@@ -36,12 +40,9 @@ def write_json(path: str | Path, content: object) -> None:
             old = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             old = None
-        if (
-            isinstance(old, dict)
-            and "date" in old
-            and {**old, "date": ""} == json.loads(json.dumps({**content, "date": ""}))
-        ):
-            content = {**content, "date": old["date"]}
+        dated = isinstance(old, dict) and "date" in old
+        if dated and old == json.loads(json.dumps({**content, "date": old["date"]})):
+            content = old
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -58,3 +59,22 @@ def write_table(
         table.to_csv(temporary, index=index, float_format=float_format)
     if about is not None:
         write_json(Path(path).with_suffix(".json"), about | provenance())
+
+
+def key_hash(key: object) -> str:
+    """A hash of anything that JSON can hold: equal keys, equal hash."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def write_keyed(path: str | Path, key: object, content: dict[str, object]) -> None:
+    """Keep `content`, which took long to find, in the JSON `path`, with a hash of the question that it answers."""
+    write_json(path, {"key": key_hash(key), **content})
+
+
+def read_keyed(path: str | Path, key: object) -> dict[str, object] | None:
+    """What `write_keyed` kept for `key`; None for no file, a damaged one, and one that answers another question."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and content.get("key") == key_hash(key) else None

@@ -1,11 +1,11 @@
-"""Articles to go on from, and running text to calibrate on."""
+"""Articles to go on from, as the gate's prompts are made of, and running text to calibrate it on."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.models.items import parse_item
-from helpers.models.records import fetch_records, read_records, require_fields
-from helpers.models.stories import read_stories
+from helpers.models.records import load_records, require_fields
+from helpers.models.stories import load_stories
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,9 @@ def _parse_article(record: dict, where: str) -> Article:
     return Article(record["article"].strip(), record["highlights"].strip())
 
 
-def read_articles(path: str | Path, split: str | None = None) -> list[Article]:
-    """Articles of a JSONL file in CNN/DailyMail's schema: `article`, `highlights` (other fields are ignored)."""
-    return read_records(path, _parse_article, split)
-
-
-def load_articles(source: str, split: str = "test") -> list[Article]:
-    """Articles from a local JSONL file, or else from the hub data set `name` or `name:configuration`."""
-    if Path(source).is_file():
-        return read_articles(source, split)
-    return [_parse_article(record, f"{source}[{i}]") for i, record in enumerate(fetch_records(source, split))]
+def load_articles(source: str | Path, split: str | None = "test") -> list[Article]:
+    """Articles in CNN/DailyMail's schema (`article`, `highlights`) from a local JSONL file, else from the hub."""
+    return load_records(source, _parse_article, split, "test")
 
 
 def _parse_paragraphs(record: dict, where: str) -> tuple[str, ...]:
@@ -47,12 +40,10 @@ def load_paragraphs(source: str, split: str = "train") -> list[str]:
     a text file with one paragraph a line, or else a hub data set, `name` or `name:configuration`, with a column `text`.
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [text for texts in read_records(source, _parse_paragraphs, split) for text in texts]
-    if Path(source).is_file():
-        stories = read_stories(source)
-        lines = stories if len(stories) > 1 else stories[0].splitlines()
-    else:
-        lines = [record["text"] for record in fetch_records(source, split)]
+        return [text for texts in load_records(source, _parse_paragraphs, split) for text in texts]
+    lines = load_stories(source, split)
+    if len(lines) == 1 and Path(source).is_file():
+        lines = lines[0].splitlines()
     paragraphs = [line.strip() for line in lines if line.strip() and not line.strip().startswith("= ")]
     if not paragraphs:
         raise ValueError(f"text file {source}: holds headings only")

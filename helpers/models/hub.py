@@ -1,8 +1,8 @@
-"""Getting models and data sets from the Hugging Face hub without ever hanging on it.
+"""Models and data sets from the Hugging Face hub, without ever hanging on it.
 
-What has to be downloaded is downloaded by a child process (`python -m helpers.models.hub KIND NAME ...`) that
-is watched: as long as bytes arrive it goes on, after 15 s without any it is ended and a clear error says what was
-missing. Local folders never come here.
+A child process downloads, and this one watches the files: as long as they grow the download goes on, after 15 s
+without a byte it is ended and an error says what was missing. (`HF_HUB_DOWNLOAD_TIMEOUT` would not do: `datasets`
+and the hub's Xet client wait and retry by clocks of their own.) Local folders never come here.
 """
 
 import os
@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 SILENCE_SECONDS = 15.0
-
-
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
@@ -44,15 +42,19 @@ def fetch_model(name: str, silence: float = SILENCE_SECONDS) -> Path:
     return Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
 
 
-def fetch_dataset(name: str, split: str, config: str | None = None, silence: float = SILENCE_SECONDS):
-    """Split `split` of the hub data set `name` as a `datasets.Dataset`; raises `HubError` as `fetch_model` does."""
+def fetch_dataset(source: str, split: str, silence: float = SILENCE_SECONDS):
+    """Split `split` of the hub data set `name` or `name:configuration` as a `datasets.Dataset`.
+
+    Raises `HubError` as `fetch_model` does.
+    """
     from datasets import load_dataset
     from huggingface_hub.constants import is_offline_mode
 
+    name, _, config = source.partition(":")
     if not is_offline_mode():
-        _download("dataset", [name, split, *([config] if config else [])], silence)
+        _download("dataset", [name, split, config], silence)
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config or None, split=split)
     except Exception as error:  # datasets raises a dozen unrelated types here
         raise _error("data set", name, str(error).strip().splitlines()[-1]) from error
 
@@ -69,24 +71,25 @@ def _error(kind: str, name: str, reason: str) -> HubError:
 
 def _download(kind: str, arguments: list[str], silence: float) -> None:
     """Run the download in a child process until it ends or no byte has arrived for `silence` seconds."""
-    label = "data set" if kind == "dataset" else kind
-    command = [sys.executable, "-m", "helpers.models.hub", kind, *arguments]
+    label, name = "data set" if kind == "dataset" else kind, arguments[0]
+    # As a script (-P keeps this folder off its path): as a module it would load all of `helpers.models` first.
+    command = [sys.executable, "-P", __file__, kind, *arguments]
     # The child's own time-outs are longer than ours, so that it is the arrival of data that decides.
     environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "60", "HF_HUB_ETAG_TIMEOUT": "60"}
     # Its progress bars go where ours would; what it has to say to us comes through its standard output.
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         child.stdout.readline()  # "ready": its imports are done, and the clock may start
-        size, moved = _bytes_here(kind, arguments[0]), time.monotonic()
+        size, moved = _bytes_here(kind, name), time.monotonic()
         while child.poll() is None:
             time.sleep(0.2)
-            now = _bytes_here(kind, arguments[0])
+            now = _bytes_here(kind, name)
             if now != size:
                 size, moved = now, time.monotonic()
             elif time.monotonic() - moved > silence:
-                raise _error(label, arguments[0], f"no data arrived for {silence:g} s")
+                raise _error(label, name, f"no data arrived for {silence:g} s")
         if child.returncode:
-            raise _error(label, arguments[0], child.stdout.read().strip() or f"exit code {child.returncode}")
+            raise _error(label, name, child.stdout.read().strip() or f"exit code {child.returncode}")
     finally:
         child.kill()
         child.wait()
@@ -103,14 +106,13 @@ def _bytes_here(kind: str, name: str) -> int:
 
         folders.append(Path(config.HF_DATASETS_CACHE))
     total = 0
-    for folder in folders:
-        for path in folder.rglob("*"):
-            with suppress(OSError):  # renamed since it was listed
-                total += path.lstat().st_size
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        with suppress(OSError):  # renamed since it was listed
+            total += path.lstat().st_size
     return total
 
 
-def _child(kind: str, name: str, *rest: str) -> None:
+def _child(kind: str, name: str, split: str = "", config: str = "") -> None:
     from huggingface_hub import constants, snapshot_download
 
     # The file must grow as bytes arrive, or a slow line would look like a dead one.
@@ -123,7 +125,7 @@ def _child(kind: str, name: str, *rest: str) -> None:
         if kind == "model":
             snapshot_download(name, allow_patterns=MODEL_FILES)
         else:
-            load_dataset(name, rest[1] if len(rest) > 1 else None, split=rest[0])
+            load_dataset(name, config or None, split=split)
     except Exception as error:  # whatever it is, the parent tells the user
         print(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
         sys.exit(1)

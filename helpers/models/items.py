@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.models.records import fetch_records, read_records, require_fields
+from helpers.models.records import load_records, require_fields
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,13 @@ def parse_item(record: dict, where: str) -> MultipleChoice:
     return MultipleChoice(record["ctx"].strip(), endings, int(label))
 
 
-def read_multiple_choice(path: str | Path, split: str | None = None) -> list[MultipleChoice]:
-    """Items of a JSONL file in HellaSwag's schema (`ctx`, `endings`, `label`), OpenBookQA's or ARC's."""
-    return read_records(path, parse_item, split)
+def load_multiple_choice(source: str | Path, split: str | None = None) -> list[MultipleChoice]:
+    """Items from a local JSONL file, else from the hub data set of that name, by default its split "validation".
 
-
-def load_multiple_choice(source: str, split: str | None = None) -> list[MultipleChoice]:
-    """Items from a local JSONL file, or else from the hub data set of that name (HellaSwag, OpenBookQA, ARC).
-
-    Of a local file, the records of `split` and those that name none; from the hub, `split` or "validation". A hub
-    configuration is named after a colon: `allenai/ai2_arc:ARC-Challenge`.
+    In the schema of HellaSwag (`ctx`, `endings`, `label`), OpenBookQA or ARC. A hub configuration is named after a
+    colon: `allenai/ai2_arc:ARC-Challenge`. Splits and errors as in `load_records`.
     """
-    if Path(source).is_file():
-        return read_multiple_choice(source, split)
-    return [
-        parse_item(record, f"{source}[{i}]") for i, record in enumerate(fetch_records(source, split or "validation"))
-    ]
+    return load_records(source, parse_item, split, "validation")
 
 
 def sample_items(items: list[MultipleChoice], count: int, seed: int = 0) -> list[MultipleChoice]:

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer from a folder or from the hub."""
+"""Loading a causal language model with its tokenizer, from a folder or from the hub, onto the device that suits it."""
 
 import os
 from pathlib import Path
@@ -51,9 +51,8 @@ def load_model(
             folder, dtype=dtype, use_safetensors=True, device_map=device_map, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model '{source}': no model in safetensors format with a tokenizer there ({error})"
-        ) from error
+        message = f"model '{source}': no model in safetensors format with a tokenizer there ({error})"
+        raise ValueError(message) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

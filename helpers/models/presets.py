@@ -1,4 +1,7 @@
-"""Presets: models and texts of one setting, under one name."""
+"""Presets: the models and texts of one setting under one name, and where its results go.
+
+`embedded` needs no network; the others name models and data sets of the hub.
+"""
 
 import os
 from dataclasses import dataclass
@@ -35,8 +38,6 @@ class Preset:
 
 
 DEFAULT_PRESET = "embedded"
-
-
 HUB_TEXTS = {
     "multiple_choice": "Rowan/hellaswag",
     "stories": "roneneldan/TinyStories",
@@ -44,8 +45,6 @@ HUB_TEXTS = {
     "calibration": "Salesforce/wikitext:wikitext-2-raw-v1",
     "prompt": "Summarize the following article in a few sentences.\n\n{article}\n\nSummary:",
 }
-
-
 PRESETS = {
     "embedded": Preset(
         "embedded",

@@ -1,4 +1,7 @@
-"""Records of JSONL files and hub data sets, checked as they are read."""
+"""Records of a JSONL file or of a hub data set, each checked as it is read; a local file wins over the hub.
+
+What a record holds is told by `items`, `stories` and `articles`.
+"""
 
 import gzip
 import json
@@ -12,23 +15,31 @@ T = TypeVar("T")
 
 
 def open_text(path: Path):
+    """A text file, plain or gzipped, open for reading."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
 def require_fields(record: dict, fields: tuple[str, ...], where: str) -> None:
+    """Raise `ValueError`, naming the place and the fields, where a record lacks some."""
     missing = sorted(set(fields) - record.keys())
     if missing:
         raise ValueError(f"{where}: missing field(s) {missing}; expected {', '.join(fields)}")
 
 
-def read_records(path: str | Path, parse: Callable[[dict, str], T], split: str | None = None) -> list[T]:
-    """Records of a JSONL file, each through `parse`; with `split`, only those that name this split or none.
+def load_records(
+    source: str | Path, parse: Callable[[dict, str], T], split: str | None = None, hub_split: str = "train"
+) -> list[T]:
+    """Records, each through `parse(record, where)`, of the JSONL file `source`, else of the hub data set of that name.
 
-    Raises `ValueError` that names file and line for anything else.
+    Of a file, the records that name this `split` or none (all without `split`); of a hub data set (`name` or
+    `name:configuration`), `split` or `hub_split`. Raises `ValueError` that names file and line for anything else.
     """
-    path = Path(path)
+    if not Path(source).is_file():
+        data = fetch_dataset(str(source), split or hub_split)
+        return [parse(record, f"{source}[{i}]") for i, record in enumerate(data)]
+    path = Path(source)
     records = []
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
@@ -47,8 +58,3 @@ def read_records(path: str | Path, parse: Callable[[dict, str], T], split: str |
     if not records:
         raise ValueError(f"{path.name}: holds no items" + (f" of split {split!r}" if split else ""))
     return records
-
-
-def fetch_records(source: str, split: str):
-    name, _, config = source.partition(":")
-    return fetch_dataset(name, split, config or None)

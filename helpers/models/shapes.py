@@ -1,4 +1,7 @@
-"""Shapes of published models, and models of these shapes with random weights: for timing, which no text changes."""
+"""Shapes of published models, and models of these shapes with random weights.
+
+For timing, which neither weights nor text change. Nothing here loads a trained model.
+"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
@@ -7,7 +10,6 @@ from transformers.initialization import no_init_weights
 from helpers.cache.attention.dispatch import use_packed_attention
 
 SMOLLM = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 2048}
-
 
 # As in the models' published configurations.
 SHAPES: dict[str, dict[str, object]] = {

@@ -1,9 +1,10 @@
-"""Stories and other running texts from story files, items or the hub."""
+"""Stories and other running texts, from a story file, from multiple-choice items or from the hub."""
 
 from pathlib import Path
 
-from helpers.models.items import read_multiple_choice
-from helpers.models.records import fetch_records, open_text
+from helpers.models.hub import fetch_dataset
+from helpers.models.items import load_multiple_choice
+from helpers.models.records import open_text
 
 STORY_SEPARATOR = "<|endoftext|>"
 
@@ -36,12 +37,13 @@ def split_holdout(stories: list[str], holdout: float = 0.1) -> tuple[list[str], 
 
 
 def load_stories(source: str, split: str | None = None, field: str = "text") -> list[str]:
-    """Texts from a local story or JSONL file, or else the `field` column of the hub data set of that name.
+    """Texts from a local story or JSONL file, else the `field` column of the hub data set of that name.
 
-    Splits as in `load_multiple_choice`; "train" where none is named. A story file is not split.
+    A JSONL file holds multiple-choice items, of which context and true ending are read. Splits as in `load_records`,
+    by default all of a file and "train" of the hub; a story file is not split.
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [item.text for item in read_multiple_choice(source, split)]
+        return [item.text for item in load_multiple_choice(source, split)]
     if Path(source).is_file():
         return read_stories(source)
-    return [record[field] for record in fetch_records(source, split or "train") if record[field].strip()]
+    return [record[field] for record in fetch_dataset(source, split or "train") if record[field].strip()]

@@ -8,6 +8,8 @@ Every measurement, the gate and a user's own loop read texts with it. Policies c
 `read` shows it to the driver, which commits what is complete.
 """
 
+from collections.abc import Iterator
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -47,7 +49,7 @@ class CachedModel:
     def forward(self, input_ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
         """`read` without what follows it: whoever calls this calls `observe` before the next tokens."""
         check_not_empty(input_ids)
-        what = f"reading {input_ids.shape[1]} token(s) after {self.length}"
+        what = f"reading {input_ids.shape[1]} token(s)"
         with torch.no_grad(), explain_out_of_memory(what, (self.model, self.cache)):
             return self.model(input_ids=input_ids, cache=self.cache, logits_to_keep=keep or 0).logits
 
@@ -75,3 +77,18 @@ class CachedModel:
         self.cache.reset()
         if self.driver is not None:
             self.driver.reset()
+
+
+def score_blocks(cached: CachedModel, input_ids: torch.Tensor, block: int = 16) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Read texts `[B, tokens]` block by block; yield the positions of each block and its logits `[B, n, vocabulary]`.
+
+    Each block is one forward over what the cache made of the blocks before. It is committed when the caller asks for
+    the next one, so that a caller who looks at the cache sees it as the block's last token did. `block` should be
+    the cache's own, or tokens would be seen in full precision that decoding sees quantized.
+    """
+    check_not_empty(input_ids)
+    for start in range(0, input_ids.shape[1], block):
+        ids = input_ids[:, start : start + block]
+        logits = cached.forward(ids)
+        yield slice(start, start + ids.shape[1]), logits
+        cached.observe(ids, logits)

@@ -1,16 +1,18 @@
-"""Decoding token by token, each step timed."""
+"""Decoding token by token, each step timed; the clock for it, which every measurement of time uses."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.models.tokens import check_context, check_not_empty
-from helpers.policies.driver import PolicyDriver
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.features import TokenFeatures
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -25,10 +27,8 @@ class DecodeResult:
 
 @torch.no_grad()
 def decode(
-    model: PreTrainedModel,
+    cached: CachedModel,
     input_ids: torch.Tensor,
-    cache: Cache,
-    driver: PolicyDriver | None = None,
     max_new_tokens: int = 0,
     forced: bool = False,
     temperature: float = 0.0,
@@ -38,68 +38,65 @@ def decode(
 
     With `forced`, `input_ids` `[B, tokens]` is a whole text that is read token by token, every step predicting the
     next token; else it is a prompt, read in one forward, after which `max_new_tokens` are written, greedily or
-    sampled at `temperature`, until all rows have ended. Times are taken after the device has finished. Raises
-    `ValueError` for what is to be written beyond the model's context.
+    sampled at `temperature`, until all rows have ended. Raises `ValueError` for what is to be written beyond the
+    model's context.
     """
     if forced == bool(max_new_tokens):
         raise ValueError("decode either reads a text (forced=True) or writes max_new_tokens > 0, not both")
     check_not_empty(input_ids)
     if not forced:
-        check_context(model, input_ids.shape[1], max_new_tokens)
-    with explain_out_of_memory("reading a text" if forced else "writing", (model, cache)):
-        return _decode(model, input_ids, cache, driver, max_new_tokens, forced, temperature, seed)
-
-
-def _decode(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    cache: Cache,
-    driver: PolicyDriver | None,
-    max_new_tokens: int,
-    forced: bool,
-    temperature: float,
-    seed: int,
-) -> DecodeResult:
+        check_context(cached.model, input_ids.shape[1], max_new_tokens)
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
-    latencies, hits, collected = [], [], []
-    text, logits = input_ids, None
-    if not forced:
-        logits = model(input_ids=input_ids, cache=cache).logits
-        if driver is not None:
-            driver.observe(input_ids, logits)
-        logits = logits[:, -1]
-    ends = model.generation_config.eos_token_id
+    ends = cached.model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=input_ids.device).reshape(-1)
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    for step in range(input_ids.shape[1] if forced else max_new_tokens):
-        if forced:
-            token = input_ids[:, step : step + 1]
-        else:
-            token = _next_token(logits, temperature, generator)
-            text = torch.cat([text, token], dim=1)
-            finished |= torch.isin(token[:, 0], ends)
-            if bool(finished.all()):
-                break
-        synchronise(input_ids.device)
-        started = time.perf_counter()
-        logits = model(input_ids=token, cache=cache).logits
-        if driver is not None:
-            driver.observe(token, logits)
-        synchronise(input_ids.device)
-        latencies.append((time.perf_counter() - started) * 1000)
-        if driver is not None:
-            collected.append(driver.latest)
-        logits = logits[:, -1]
-        if forced and step + 1 < input_ids.shape[1]:
-            hits.append(logits.argmax(-1) == input_ids[:, step + 1])
+    text, latencies, hits, features = input_ids, [], [], []
+    with explain_out_of_memory("reading a text" if forced else "writing", (cached.model, cached.cache)):
+        logits = None if forced else cached.read(input_ids)[:, -1]
+        for step in range(input_ids.shape[1] if forced else max_new_tokens):
+            if forced:
+                token = input_ids[:, step : step + 1]
+            else:
+                token = _next_token(logits, temperature, generator)
+                text = torch.cat([text, token], dim=1)
+                finished |= torch.isin(token[:, 0], ends)
+                if bool(finished.all()):
+                    break
+            logits, ms = timed(input_ids.device, cached.read, token)
+            logits = logits[:, -1]
+            latencies.append(ms)
+            if cached.driver is not None:
+                features.append(cached.driver.latest)
+            if forced and step + 1 < input_ids.shape[1]:
+                hits.append(logits.argmax(-1) == input_ids[:, step + 1])
     correct = torch.stack(hits, dim=1) if hits else None
-    return DecodeResult(text, latencies, correct, TokenFeatures.join(collected))
+    return DecodeResult(text, latencies, correct, TokenFeatures.join(features))
 
 
 def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     if temperature <= 0:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+
+
+def timed(device: torch.device, work: Callable[..., Result], *arguments) -> tuple[Result, float]:
+    """What `work(*arguments)` returns, and the ms until the device had finished it.
+
+    By events on CUDA, so that the device's own time counts and not that of waiting for it, else by the clock.
+    """
+    synchronise(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = work(*arguments)
+            end.record()
+            synchronise(device)
+            return result, begin.elapsed_time(end)
+    started = time.perf_counter()
+    result = work(*arguments)
+    synchronise(device)
+    return result, (time.perf_counter() - started) * 1000
 
 
 def synchronise(device: torch.device) -> None:

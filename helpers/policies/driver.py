@@ -1,4 +1,8 @@
-"""`PolicyDriver`: the only place where policies and caches meet."""
+"""`PolicyDriver`: the only place where policies and caches meet.
+
+It computes the features that a policy reads, asks it for widths once whole blocks are there, and commits and settles
+them. What runs the model is `CachedModel`, or `generate()`.
+"""
 
 import copy
 
@@ -9,7 +13,6 @@ from transformers import LogitsProcessor, PreTrainedModel
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.store import Demotion
 from helpers.models.tokens import check_not_empty
 from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities, surprisal_of
 from helpers.policies.policy import Policy
@@ -25,11 +28,11 @@ class PolicyDriver(LogitsProcessor):
         driver = PolicyDriver(model, cache, policy)
         model.generate(**driver.prefill(inputs), cache=cache, logits_processor=[driver])
 
-    Policies that read no features need no prefill and work with beams; the others refuse beams. `counts` are the
-    token counts from which rarity starts (by default those that the policy was trained with; each row goes on with a
-    copy of its own). `extra` names features that
-    `observe` computes although the policy does not read them. Among several logits processors it belongs first, or
-    it sees what the others made of the logits.
+    Policies that read no features need no prefill and work with beams; the others refuse beams. Among several logits
+    processors the driver belongs first, or it sees what the others made of the logits.
+
+    Rarity goes on from `counts` (by default those that the policy was trained with), in each row on a copy of its
+    own. `extra` names features that `observe` computes although the policy does not read them.
     """
 
     def __init__(
@@ -41,35 +44,31 @@ class PolicyDriver(LogitsProcessor):
         extra: tuple[str, ...] = (),
     ):
         self.model, self.cache, self.policy = model, cache, policy
-        self.wanted = {*policy.needs, *policy.needs_settled, *extra}
-        unknown = self.wanted - set(TokenFeatures.__dataclass_fields__)
-        if unknown:
+        self.wanted = {*policy.needs, *extra}
+        if unknown := self.wanted - set(TokenFeatures.__dataclass_fields__):
             raise ValueError(f"{policy.name}: unknown feature(s) {sorted(unknown)}")
-        if "attn_var" in self.wanted:
-            if not cache.reads_packed:
-                raise ValueError("attn_var comes out of packed attention: call use_packed_attention(model) first")
-            cache.record_variance = True
-        if policy.needs_received:
-            if not cache.reads_packed:
-                raise ValueError("received attention needs packed attention: call use_packed_attention(model) first")
-            cache.record_received = True
+        for what, wanted, flag in (
+            ("attn_var", "attn_var" in self.wanted, "record_variance"),
+            ("received attention", policy.needs_received, "record_received"),
+        ):
+            if wanted and not cache.reads_packed:
+                raise ValueError(f"{what} needs packed attention: call use_packed_attention(model) first")
+            if wanted:
+                setattr(cache, flag, True)
         note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
-        self.reads_logits = bool(policy.needs or policy.needs_settled)
-        cache.rows_note = note if self.reads_logits else ""
+        cache.rows_note = note if policy.needs else ""
         self.start_counts = counts or policy.start_counts or TokenCounts()
         self.reset()
 
     def reset(self) -> None:
         """Forget the text; call it together with `cache.reset()`."""
-        self.row_counts: list[TokenCounts] | None = None
+        self.token_ids: torch.Tensor | None = None  # of the tokens in the tail, not committed yet, [B, tokens]
+        self.features = TokenFeatures()  # of the same
+        self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
+        self.row_counts: list[TokenCounts] | None = None  # where rarity is wanted: counts of each row,
+        self.counted: list[torch.Tensor] = []  # and the committed token ids that they count, [B, tokens] each
         self.latest = TokenFeatures()  # of the tokens observed last
         self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
-        self.features = TokenFeatures()
-        self.token_ids: torch.Tensor | None = None  # of the tokens in the tail
-        self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
-        self.pending = TokenFeatures()  # of committed tokens from position `pending_start` on, for settling
-        self.pending_start = 0
-        self.committed_ids: list[torch.Tensor] = []  # where rarity counts them, [B, tokens] each
 
     @property
     def features(self) -> TokenFeatures:
@@ -82,60 +81,26 @@ class PolicyDriver(LogitsProcessor):
     def features(self, features: TokenFeatures) -> None:
         self._parts = [features]
 
-    def crop(self, tokens: int, last_logits: torch.Tensor | None = None) -> None:
-        """Take back the newest `tokens` tokens: from the cache and from all notes made of them.
-
-        `last_logits` `[B, vocabulary]` is the prediction after the last token that stays; a policy that reads
-        surprisal needs it for the token that comes next. Raises `ValueError` where it is missing then, or where the
-        cache holds fewer tokens.
-        """
-        if not 0 <= tokens <= self.cache.get_seq_length():
-            raise ValueError(
-                f"tokens must lie between 0 and {self.cache.get_seq_length()}, which are read, got {tokens}"
-            )
-        if not tokens:
-            return
-        length = self.cache.get_seq_length() - tokens
-        if "surprisal" in self.wanted and last_logits is None and length:
-            raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
-        self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
-        self.cache.crop(-tokens)
-        committed = self.cache.committed
-        if self.token_ids is not None:
-            self.token_ids = self.token_ids[:, : length - committed]
-        self.features = self.features.slice(0, length - committed)
-        self.pending = self.pending.slice(0, max(0, committed - self.pending_start))
-        self.pending_start = min(self.pending_start, committed)
-        self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
-        if self.committed_ids:
-            known = torch.cat(self.committed_ids, dim=1)
-            for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
-                counts.forget(row)
-            self.committed_ids = [known[:, :committed]]
-
     @torch.no_grad()
     def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run all but the last prompt token in one full-precision forward, commit them, return `inputs` unchanged.
 
         `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
         """
-        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        check_not_empty(input_ids)
-        if input_ids.shape[1] > 1:
+        check_not_empty(inputs["input_ids"])
+        input_ids, mask = inputs["input_ids"][:, :-1], inputs.get("attention_mask")
+        if input_ids.shape[1]:
             kwargs = {}
             if mask is not None and not bool(mask.all()):
-                kwargs = {
-                    "attention_mask": mask[:, :-1],
-                    "position_ids": (mask[:, :-1].long().cumsum(-1) - 1).clamp(min=0),
-                }
-                self.cache.visible = mask[:, :-1].bool()
+                mask = mask[:, :-1]
+                kwargs = {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+                self.cache.visible = mask.bool()
             with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
-                logits = self.model(input_ids=input_ids[:, :-1], cache=self.cache, **kwargs).logits
-                self.observe(input_ids[:, :-1], logits)
+                self.observe(input_ids, self.model(input_ids=input_ids, cache=self.cache, **kwargs).logits)
         return inputs
 
     def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        """Take note of tokens `[B, n]` just read by the model and the logits `[B, n, vocabulary]` that came of them."""
+        """Take note of tokens `[B, n]` just read and of their logits `[B, n, vocabulary]`, and commit what is ready."""
         log_p = log_probabilities(logits) if self.wanted & {"entropy", "confidence", "surprisal"} else None
         self.latest = TokenFeatures(
             entropy=entropy_of(log_p) if "entropy" in self.wanted else None,
@@ -155,18 +120,55 @@ class PolicyDriver(LogitsProcessor):
             return first
         return torch.cat([first, surprisal_of(log_p[:, :-1], token_ids[:, 1:])], dim=1)
 
+    def crop(self, tokens: int, last_logits: torch.Tensor | None = None) -> None:
+        """Take back the newest `tokens` tokens: from the cache and from all notes made of them.
+
+        `last_logits` `[B, vocabulary]` is the prediction after the last token that stays; a policy that reads
+        surprisal needs it for the token that comes next. Raises `ValueError` where it is missing then, or where the
+        cache holds fewer tokens.
+        """
+        held = self.cache.get_seq_length()
+        if not 0 <= tokens <= held:
+            raise ValueError(f"tokens must lie between 0 and {held}, which are read, got {tokens}")
+        if not tokens:
+            return
+        if "surprisal" in self.wanted and last_logits is None and tokens < held:
+            raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
+        self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
+        self.cache.crop(-tokens)
+        committed, tail = self.cache.committed, self.cache.tail_length
+        self.token_ids = None if self.token_ids is None else self.token_ids[:, :tail]
+        self.features = self.features.slice(0, tail)
+        self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
+        if self.counted:
+            known = torch.cat(self.counted, dim=1)
+            for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
+                counts.forget(row)
+            self.counted = [known[:, :committed]]
+
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:
             features = self._oldest(ready)
             self._doubt_logits(features)
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
-            if self.policy.needs_settled:
-                self.pending = TokenFeatures.join([self.pending, features])
             if self.row_counts is not None:
-                self.committed_ids.append(self.token_ids[:, :ready])
+                self.counted.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
             self._settle_ready()
+
+    def _oldest(self, tokens: int) -> TokenFeatures:
+        """Features of the oldest `tokens` tokens of the tail."""
+        features = self.features.slice(0, tokens)
+        if "rarity" in self.wanted:
+            token_ids = self.token_ids[:, :tokens]
+            if self.row_counts is None:
+                self.row_counts = [self.start_counts.copy() for _ in token_ids]
+            rarities = [counts.rarity(row) for counts, row in zip(self.row_counts, token_ids.tolist(), strict=True)]
+            features.rarity = torch.tensor(rarities, dtype=torch.float32, device=token_ids.device)
+        if self.wanted & {"key_error", "value_error"}:
+            features.key_error, features.value_error = self.cache.tail_errors(tokens)
+        return features
 
     def _doubt_logits(self, features: TokenFeatures) -> None:
         """Have the cache's next host read find out whether the logits behind `features` were numbers."""
@@ -180,72 +182,43 @@ class PolicyDriver(LogitsProcessor):
             )
             self.cache.checks.expect(known.sum(), message, message)
 
-    def _settle_ready(self) -> None:
-        """Move on the pending blocks that are old enough."""
-        steps = self.policy.steps
-        if not steps:
-            return
-        source, waited = self.policy.commit, 0
-        for step in steps:
-            # Blocks enter and leave a stage in order, so the newest that stay are as many as the blocks they wait for.
-            excess = self.cache.pending_blocks(source) - (step.after - waited)
-            if excess > 0:
-                keep = round(step.keep * self.cache.block)
-                last = step is steps[-1]
-                moved = self.cache.pending_tokens(source, excess)
-                self.cache.settle(source, step.bits, excess, keep, self._scores if keep else None, pending=not last)
-                if last and self.policy.needs_settled:
-                    self.pending = self.pending.slice(moved, None)
-                    self.pending_start += moved
-            source, waited = step.bits, step.after
-
-    def _scores(self, demotion: Demotion) -> torch.Tensor:
-        features = TokenFeatures()
-        if self.policy.needs_settled:
-            at = demotion.start - self.pending_start
-            features = self.pending.slice(at, at + demotion.key_error.shape[-1])
-        return self.policy.scores(demotion, features)
-
-    def _oldest(self, tokens: int) -> TokenFeatures:
-        """Features of the oldest `tokens` tokens of the tail."""
-        features = self.features.slice(0, tokens)
-        if "rarity" in self.wanted:
-            features.rarity = self._rarity(self.token_ids[:, :tokens])
-        if self.wanted & {"key_error", "value_error"}:
-            features.key_error, features.value_error = self.cache.tail_errors(tokens)
-        return features
-
     def _choose(self, features: TokenFeatures, tokens: int) -> torch.Tensor | Widths:
-        """Widths of the oldest `tokens` tokens of the tail."""
+        """Widths of the oldest `tokens` tokens of the tail, noted in `chosen`."""
         rows = self.token_ids.shape[0]
         widths = self.policy.widths(features, rows, tokens)
         if isinstance(widths, np.ndarray):
             widths = torch.from_numpy(widths)
-        if isinstance(widths, torch.Tensor) and widths.shape != (rows, tokens):
-            raise ValueError(f"{self.policy.name}: widths must have shape {[rows, tokens]}, got {list(widths.shape)}")
-        record = widths
-        if not isinstance(widths, torch.Tensor):
+        if isinstance(widths, torch.Tensor):
+            if widths.shape != (rows, tokens):
+                shapes = f"{[rows, tokens]}, got {list(widths.shape)}"
+                raise ValueError(f"{self.policy.name}: widths must have shape {shapes}")
+            self.chosen.append(widths)
+        else:
             keys, values = width_pair(widths)
-            record = torch.full((rows, tokens), keys if keys == values else (keys + values) / 2)
-        self.chosen.append(record)
+            self.chosen.append(torch.full((rows, tokens), keys if keys == values else (keys + values) / 2))
         return widths
 
-    def _rarity(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self.row_counts is None:
-            self.row_counts = [self.start_counts.copy() for _ in range(token_ids.shape[0])]
-        rows = [counts.rarity(row) for counts, row in zip(self.row_counts, token_ids.tolist(), strict=True)]
-        return torch.tensor(rows, dtype=torch.float32, device=token_ids.device)
+    def _settle_ready(self) -> None:
+        """Move on the pending blocks that are old enough."""
+        steps = self.policy.steps
+        source, waited = self.policy.commit if steps else None, 0
+        for step in steps:
+            # Blocks enter and leave a stage in order, so the newest that stay are as many as the blocks they wait for.
+            excess = self.cache.pending_blocks(source) - (step.after - waited)
+            if excess > 0:
+                keep, last = round(step.keep * self.cache.block), step is steps[-1]
+                scores = self.policy.scores if keep else None
+                self.cache.settle(source, step.bits, excess, keep, scores, pending=not last)
+            source, waited = step.bits, step.after
 
     def widths_so_far(self) -> torch.Tensor:
         """Widths of all tokens, `[B, tokens]`: as committed, and for the tail as the policy would choose now."""
-        tail = self.token_ids.shape[1] if self.token_ids is not None else 0
-        if tail:
-            looking_ahead = copy.copy(self)
-            looking_ahead.policy, looking_ahead.chosen = copy.deepcopy(self.policy), list(self.chosen)
-            looking_ahead.row_counts = [counts.copy() for counts in self.row_counts] if self.row_counts else None
+        looking_ahead = copy.copy(self)
+        looking_ahead.policy, looking_ahead.chosen = copy.deepcopy(self.policy), list(self.chosen)
+        looking_ahead.row_counts = [counts.copy() for counts in self.row_counts] if self.row_counts else None
+        if self.token_ids is not None and (tail := self.token_ids.shape[1]):
             looking_ahead._choose(looking_ahead._oldest(tail), tail)
-            return torch.cat([w.cpu() for w in looking_ahead.chosen], dim=1)
-        return torch.cat([w.cpu() for w in self.chosen], dim=1)
+        return torch.cat([widths.cpu() for widths in looking_ahead.chosen], dim=1)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         held = self.cache.tail_length
@@ -254,7 +227,7 @@ class PolicyDriver(LogitsProcessor):
                 f"the cache holds {self.cache.get_seq_length()} tokens and the text {input_ids.shape[1]}: PolicyDriver "
                 "cannot follow assisted generation, which reads guesses ahead; use PackedKVCache(bits=...) with it"
             )
-        if not self.reads_logits:
+        if not self.policy.needs:
             self.token_ids = input_ids[:, -held:]
             self._commit_ready()
             return scores

@@ -1,6 +1,5 @@
 """A small MLP with standardised inputs, saved as safetensors with a description."""
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,19 +36,15 @@ class Network:
         return cls(tuple(features), inputs.mean(0), inputs.std(0).clamp(min=1e-6), nn.Sequential(*layers))
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[..., features]` to `[..., outputs]`."""
+        """`[..., features]` to `[..., outputs]`, on the device of the inputs, to which the network moves."""
+        if self.mean.device != inputs.device:
+            self.mean, self.scale = self.mean.to(inputs.device), self.scale.to(inputs.device)
+            self.layers.to(inputs.device)
         return self.layers((inputs - self.mean) / self.scale)
 
     @property
     def hidden(self) -> tuple[int, ...]:
         return tuple(layer.out_features for layer in self.layers if isinstance(layer, nn.Linear))[:-1]
-
-    def to(self, device: torch.device) -> "Network":
-        """The same network on `device`."""
-        if self.mean.device == device:
-            return self
-        layers = copy.deepcopy(self.layers).to(device)
-        return Network(self.features, self.mean.to(device), self.scale.to(device), layers)
 
     def save(self, folder: str | Path, name: str, about: dict[str, object]) -> None:
         """Write `name`.safetensors and `name`.json (features, sizes, `about`, provenance) into `folder`.

@@ -1,9 +1,8 @@
-"""Policies: from the features of tokens to the widths at which they are stored.
+"""What a policy is: from the features of tokens to the widths at which they are stored.
 
-A policy decides at *commit*, when a token leaves the full-precision tail, and may decide again a few blocks later,
-when its pending blocks *settle* and it is known how much attention each token received. It sees features and gives
-widths and scores; it knows nothing of the cache. The random controls are members of the same family as the rules, so
-that every comparison can include them.
+A policy decides at *commit*, when a token leaves the full-precision tail of the cache, and may decide again a few
+blocks later, when its block *settles* at its final width and it is known how much attention each token received. It
+knows nothing of the cache. Random controls are policies like all others, so that every comparison can include them.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +41,6 @@ class Policy(ABC):
 
     name: str = "policy"  # short, for tables and figures
     needs: tuple[str, ...] = ()  # features of `TokenFeatures` that it reads at commit
-    needs_settled: tuple[str, ...] = ()  # features of `TokenFeatures` that it reads when a block settles
     needs_received: bool = False  # whether its scores read received attention
     steps: tuple[Step, ...] = ()  # what happens to a block after its commit
     start_counts: TokenCounts | None = None  # token counts from which its rarity goes on
@@ -51,14 +49,13 @@ class Policy(ABC):
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor | Widths:
         """Width of each token, integer `[batch, tokens]`, or one width (or key and value pair) for all."""
 
-    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+    def scores(self, demotion: Demotion) -> torch.Tensor:
         """Which tokens to keep when blocks settle, highest first: `[L, B, H, slots]`.
 
-        `features` are those of the slots' tokens, `[B, slots]`. Raises `RuntimeError` where a policy has no ranking.
+        Raises `RuntimeError` where a policy has no ranking.
         """
         raise RuntimeError(f"{self.name} keeps tokens but does not rank them")
 
-
-def policy_for_text(policy: Policy, text: int) -> Policy:
-    """The policy as it is at the beginning of text number `text`: random ones then draw the same in every run."""
-    return policy.for_text(text) if hasattr(policy, "for_text") else policy
+    def for_text(self, text: int) -> "Policy":
+        """The policy as it is at the beginning of text number `text`: random ones draw the same in every run."""
+        return self

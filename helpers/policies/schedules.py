@@ -1,11 +1,15 @@
-"""Schedules: blocks move to lower widths with age, and each head may keep its best tokens."""
+"""Schedules: blocks move to lower widths with age, and each head may keep its best tokens.
+
+`Schedule` is the movement alone; `AgeSchedule` ranks what is kept by hand-made scores. The learned ranking is in
+`learned.py`.
+"""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from helpers.cache.quantization import Widths
+from helpers.cache.quantization import Widths, width_pair
 from helpers.cache.store import Demotion
 from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Policy, Step
@@ -14,42 +18,79 @@ RANKINGS = ("random", "attention", "attention x error")
 
 
 @dataclass(frozen=True)
-class AgeSchedule(Policy):
+class Schedule(Policy):
     """Blocks are committed at one width and demoted with age; the last step may let each head keep its best tokens.
 
-    `ranking` says which are best: "random" (the control), "attention" (received from later blocks so far) or
-    "attention x error" (times the squared change that the demotion makes to the token's key and value). Reads no
-    logits, so that it works in plain `generate()` and under beams.
+    Reads no logits, so that it works in plain `generate()` and under beams. Raises `ValueError` unless ages rise and
+    only the last step keeps tokens.
+
+    >>> Schedule((8, 4), (Step(3, (4, 2)), Step(6, (2, 2)))).movement  # widths in order, and ages in blocks
+    'K8-4-2 V4-2-2 @3,6'
     """
 
     commit: Widths
     steps: tuple[Step, ...]
+
+    def __post_init__(self):
+        if not self.steps:
+            raise ValueError("a schedule needs one step or more; use FixedBits for none")
+        ages = [step.after for step in self.steps]
+        if ages != sorted(set(ages)):
+            raise ValueError(f"the steps of a schedule must come at rising ages, got {ages}")
+        if any(step.keep for step in self.steps[:-1]):
+            raise ValueError("only the last step of a schedule may keep tokens")
+
+    @property
+    def movement(self) -> str:
+        """`8-4-2 @3,6`: widths in order and ages in blocks; keys and values apart where they differ."""
+        pairs = [width_pair(bits) for bits in (self.commit, *(step.bits for step in self.steps))]
+        keys, values = ("-".join(str(pair[side]) for pair in pairs) for side in (0, 1))
+        widths = keys if keys == values else f"K{keys} V{values}"
+        return f"{widths} @{','.join(str(step.after) for step in self.steps)}"
+
+    @property
+    def keep(self) -> float:
+        """The share of each block that every head keeps."""
+        return self.steps[-1].keep
+
+    @property
+    def needs_received(self) -> bool:
+        return self.keep > 0
+
+    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> Widths:
+        return self.commit
+
+
+@dataclass(frozen=True)
+class AgeSchedule(Schedule):
+    """A schedule whose `ranking` says which tokens are best.
+
+    "random" (the control), "attention" (received from later blocks so far) or "attention x error" (times the squared
+    change that the demotion makes to the token's key and value).
+    """
+
     ranking: str = "attention x error"
     seed: int = 0
     text: int = 0
 
     def __post_init__(self):
-        check_steps(self.steps)
+        super().__post_init__()
         if self.ranking not in RANKINGS:
             raise ValueError(f"ranking must be one of {RANKINGS}, got {self.ranking!r}")
 
     @property
     def name(self) -> str:
-        kept = f", {describe_kept(self.steps)} by {self.ranking}" if self.steps[-1].keep else ""
-        return describe_schedule(self.commit, self.steps) + kept
+        return self.movement + (f", best {self.keep:.0%} by {self.ranking}" if self.keep else "")
 
     @property
     def needs_received(self) -> bool:
-        return self.steps[-1].keep > 0 and self.ranking != "random"
+        return self.keep > 0 and self.ranking != "random"
 
     def for_text(self, text: int) -> "AgeSchedule":
         """A copy whose random ranking belongs to text number `text`."""
         return replace(self, text=text)
 
-    def widths(self, features: TokenFeatures, batch: int, tokens: int) -> Widths:
-        return self.commit
-
-    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+    def scores(self, demotion: Demotion) -> torch.Tensor:
         if self.ranking == "random":
             shape = demotion.key_error.shape
             generator = np.random.default_rng((self.seed, self.text, demotion.start))
@@ -59,40 +100,8 @@ class AgeSchedule(Policy):
         return demotion.received * (demotion.key_error + demotion.value_error)
 
 
-def check_steps(steps: tuple[Step, ...]) -> None:
-    """Raise `ValueError` unless ages rise and only the last step keeps tokens."""
-    if not steps:
-        raise ValueError("a schedule needs one step or more; use FixedBits for none")
-    ages = [step.after for step in steps]
-    if ages != sorted(set(ages)):
-        raise ValueError(f"the steps of a schedule must come at rising ages, got {ages}")
-    if any(step.keep for step in steps[:-1]):
-        raise ValueError("only the last step of a schedule may keep tokens")
-
-
-def describe_schedule(commit: Widths, steps: tuple[Step, ...]) -> str:
-    """`8-4-2 @3,6`: widths in order and the ages in blocks; `K8-4-2 V4-2-2 @3,6` where keys and values differ.
-
-    >>> describe_schedule((8, 4), (Step(3, (4, 2)), Step(6, (2, 2))))
-    'K8-4-2 V4-2-2 @3,6'
-    """
-    pairs = [bits if isinstance(bits, tuple) else (bits, bits) for bits in (commit, *(step.bits for step in steps))]
-    keys, values = ("-".join(str(pair[side]) for pair in pairs) for side in (0, 1))
-    widths = keys if keys == values else f"K{keys} V{values}"
-    return f"{widths} @{','.join(str(step.after) for step in steps)}"
-
-
-def describe_kept(steps: tuple[Step, ...]) -> str:
-    """The share that the last step keeps, as "best 25%"."""
-    return f"best {steps[-1].keep:.0%}"
-
-
 # Commit width and steps of the two schedules that rankings are compared on; ages and shares were chosen on stories
 # that neither training nor test uses (stories3M).
 QUALITY_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (8, (Step(2, 4), Step(5, 2, keep=1 / 4)))
-
-
 COMPACT_SCHEDULE: tuple[Widths, tuple[Step, ...]] = ((8, 4), (Step(3, (4, 2)), Step(6, (2, 2), keep=1 / 16)))
-
-
 SCHEDULES = (QUALITY_SCHEDULE, COMPACT_SCHEDULE)

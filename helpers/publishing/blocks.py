@@ -1,8 +1,8 @@
-"""The README's tables, written from the results files between markers, so that they cannot say something else.
+"""Tables inside the documents, written from the results files between markers, so that they cannot say something else.
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. To add one, write a function in
-`readme_tables` that returns Markdown, enter it in its `TABLES`, put the two markers into the README, and run
-`python -m helpers.publishinging --readme`.
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. To add one, write a function in `tables`
+that returns Markdown, enter it in `TABLES`, put the two markers into a document, and run
+`python -m helpers.publishing --readme`.
 """
 
 import json
@@ -11,19 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from helpers.io.atomic import atomic_path
 from helpers.io.paths import ROOT
-from helpers.publishing.tables import DATA, TABLES, markdown_table
+from helpers.publishing.tables import TABLES
+from helpers.publishing.tables.layout import DATA, markdown
 
-README = ROOT / "README.md"
-
-
+# GitHub shows each in its folder.
+DOCUMENTS = [ROOT / folder / "README.md" for folder in ("", "data", "helpers", "tests")]
 RUNS = DATA / "notebook_runs.json"
 
 
 def read_runs() -> dict[str, dict]:
-    """What the last full run of each notebook took, by the notebook's name without ending (see `publish.Run`)."""
+    """What the last full run of each notebook took (`execution.Run`), by the notebook's name without ending."""
     return json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.is_file() else {}
 
 
@@ -50,17 +51,16 @@ def notebook_table() -> str:
     rows, runs = [], read_runs()
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         opening = nbformat.read(path, as_version=4).cells[0].source
-        title = re.search(r"^# Part (.*)$", opening, re.M)
-        asked = re.search(r"^\*\*Question:\*\* (.*)$", opening, re.M)
-        found = re.search(r"^\*\*Finding:\*\* (.*)$", opening, re.M)
-        if not (title and asked and found):
+        lines = ("# Part", r"\*\*Question:\*\*", r"\*\*Finding:\*\*")
+        found = [re.search(f"^{line} (.*)$", opening, re.M) for line in lines]
+        if not all(found):
             raise ValueError(
                 f"{path.name}: its first cell must hold '# Part N: ...', '**Question:**' and '**Finding:**'"
             )
         run = runs.get(path.stem)
         shown = f"{rounded_time(run['seconds'])}, {run['peak_bytes'] / 2**30:.1f} GiB" if run else "-"
-        rows.append([f"[{path.stem}](notebooks/{path.name})", title[1], asked[1], found[1], shown])
-    return markdown_table(["notebook", "part", "question", "finding", "run time, memory"], rows)
+        rows.append([f"[{path.stem}](notebooks/{path.name})", *(match[1] for match in found), shown])
+    return markdown(pd.DataFrame(rows, columns=["notebook", "part", "question", "finding", "run time, memory"]))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"notebooks": notebook_table, **TABLES}
@@ -84,31 +84,34 @@ def replace_block(text: str, name: str, content: str, where: str, inline: bool =
     return f"{before}{start}{gap}{content}{end}{after}"
 
 
-def _names(text: str) -> list[str]:
-    """Names of the blocks that a README has; `ValueError` for one that nobody writes."""
-    names = re.findall(r"<!-- results:(\S+) -->", text)
-    unknown = sorted(set(names) - BLOCKS.keys())
-    if unknown:
-        raise ValueError(f"README.md: no table is called {', '.join(unknown)}; there are {', '.join(BLOCKS)}")
-    return names
+def stale_blocks() -> list[str]:
+    """`document: table` of the tables that differ from what the results files say."""
+    return [f"{_shown(path)}: {name}" for path in DOCUMENTS for name in _updated(path)[1]]
 
 
-def stale_blocks(path: Path | None = None) -> list[str]:
-    """Names of the README's tables that differ from what the results files say."""
-    text = (path or README).read_text(encoding="utf-8")
-    return [name for name in _names(text) if _with_block(text, name) != text]
-
-
-def write_readme(path: Path | None = None) -> list[str]:
-    """Write all tables anew and return the names of those that changed."""
-    path = path or README
-    text, changed = path.read_text(encoding="utf-8"), stale_blocks(path)
-    for name in changed:
-        text = _with_block(text, name)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_documents() -> list[str]:
+    """Write all tables anew and return `document: table` of those that changed."""
+    changed = stale_blocks()
+    for path in DOCUMENTS:
+        text, _ = _updated(path)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return changed
 
 
-def _with_block(text: str, name: str) -> str:
-    return replace_block(text, f"results:{name}", BLOCKS[name](), "README.md")
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def _updated(path: Path) -> tuple[str, list[str]]:
+    """A document with its tables as the results files have them, and the names of those that it had otherwise."""
+    text, stale = path.read_text(encoding="utf-8"), []
+    names = re.findall(r"<!-- results:(\S+) -->", text)
+    unknown = sorted(set(names) - BLOCKS.keys())
+    if unknown:
+        raise ValueError(f"{_shown(path)}: no table is called {', '.join(unknown)}; there are {', '.join(BLOCKS)}")
+    for name in names:
+        new = replace_block(text, f"results:{name}", BLOCKS[name](), _shown(path))
+        stale += [name] * (new != text)
+        text = new
+    return text, stale

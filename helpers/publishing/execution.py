@@ -1,4 +1,4 @@
-"""Running one notebook from a fresh kernel, in full or small."""
+"""Running one notebook from a fresh kernel: in full and in place, or small and elsewhere, for tests."""
 
 import os
 import re
@@ -18,15 +18,12 @@ from helpers.io.paths import FAST, ROOT
 from helpers.io.provenance import cpu_name
 from helpers.io.results import write_json
 from helpers.models.presets import DEFAULT_PRESET, get_preset
-from helpers.publishing import blocks as readme
+from helpers.publishing import blocks
 from helpers.publishing.explorers import STATIC
 from helpers.publishing.tidying import FAST_MARK, tidy
 
 NOTEBOOKS = ROOT / "notebooks"
-
-
 PROBE = "from helpers.io.provenance import peak_memory_bytes\nprint(peak_memory_bytes())"
-
 
 # What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
 FAST_PARAMETERS: dict[str, dict[str, object]] = {
@@ -34,17 +31,8 @@ FAST_PARAMETERS: dict[str, dict[str, object]] = {
     "02_controller_training": {"TEXTS": 4, "FISHER_TEXTS": 1, "FOLDS": 2, "ROWS": 4, "ROW_TOKENS": 192, "HIDDEN": (8,)},
     "03_controller_integration": {"NEW_TOKENS": 40, "ROWS": 2, "ROUNDS": 1, "LENGTH": 320},
     "04_baseline_comparison": {"ROWS": 1, "LENGTH": 112, "FIRST": 64, "ITEMS": 2, "ROUNDS": 1, "LENGTHS": (48, 80)},
-    "05_gated_generation": {
-        "PROMPTS": 4,
-        "TUNING": 3,
-        "CUTS": (50,),
-        "NEW_TOKENS": 12,
-        "TARGETS": (0.2, 0.5),
-        "SWEEP": (0.2,),
-        "SPEED_PROMPTS": 2,
-        "PARTS_PROMPTS": 1,
-        "CACHE_PROMPTS": 1,
-    },
+    "05_gated_generation": {"PROMPTS": 4, "TUNING": 3, "CUTS": (50,), "NEW_TOKENS": 12, "TARGETS": (0.2, 0.5)}
+    | {"SWEEP": (0.2,), "SPEED_PROMPTS": 2, "PARTS_PROMPTS": 1, "CACHE_PROMPTS": 1},
 }
 
 
@@ -63,34 +51,20 @@ def execute(notebook: NotebookNode, name: str, folder: Path, variables: dict[str
 
     Raises `RuntimeError` with the failing cell and its error.
     """
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Progress bars are for those who watch; on paper they would stand still.
-    environment = {
-        **os.environ,
-        "TQDM_DISABLE": "1",
-        STATIC: "1",
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": os.pathsep.join(paths),
-        **(variables or {}),
-    }
+    fixed = {"TQDM_DISABLE": "1", STATIC: "1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
+    environment = os.environ | fixed | (variables or {})
     notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
-    client = NotebookClient(
-        notebook,
-        timeout=None,
-        record_timing=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": folder}},
-        extra_arguments=["--log-level=ERROR"],
-    )
+    settings = {"timeout": None, "record_timing": False, "coalesce_streams": True}
+    resources, quiet = {"metadata": {"path": folder}}, ["--log-level=ERROR"]
+    client = NotebookClient(notebook, resources=resources, extra_arguments=quiet, **settings)
     started = time.perf_counter()
     try:
         client.execute(env=environment)
     except (CellExecutionError, DeadKernelError) as error:
-        number = next(
-            (i for i, cell in enumerate(notebook.cells) for o in cell.get("outputs", []) if o.output_type == "error"),
-            None,
-        )
-        where = "" if number is None else f" at cell {number}"
+        outputs = [(number, output) for number, cell in enumerate(notebook.cells) for output in cell.get("outputs", [])]
+        where = "".join(f" at cell {number}" for number, output in outputs if output.output_type == "error")
         message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         raise RuntimeError(f"{name} stopped{where}:\n{message}") from error
     seconds = time.perf_counter() - started
@@ -111,8 +85,8 @@ def publish(path: Path) -> Run:
     if get_preset().name == DEFAULT_PRESET:
         tidy(notebook)
         if path.parent == NOTEBOOKS:
-            runs = readme.read_runs()
-            write_json(readme.RUNS, dict(sorted({**runs, path.stem: asdict(run)}.items())))
+            runs = blocks.read_runs()
+            write_json(blocks.RUNS, dict(sorted({**runs, path.stem: asdict(run)}.items())))
             _show_run(notebook, path.stem)
         with atomic_path(path) as temporary:
             nbformat.write(notebook, temporary)
@@ -122,7 +96,7 @@ def publish(path: Path) -> Run:
 def _show_run(notebook: NotebookNode, stem: str) -> None:
     """Bring the line of the opening cell that tells run time and memory up to date."""
     first = notebook.cells[0]
-    first.source = readme.replace_block(first.source, "run", readme.run_line(stem), f"{stem}.ipynb", inline=True)
+    first.source = blocks.replace_block(first.source, "run", blocks.run_line(stem), f"{stem}.ipynb", inline=True)
 
 
 def publish_fast(path: Path, out: Path) -> Run:

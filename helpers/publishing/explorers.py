@@ -1,21 +1,25 @@
 """Widgets for JupyterLab over precomputed tables: nothing is computed by a model while a slider moves.
 
-`publish` removes what widgets draw, since GitHub cannot show it; each notebook shows the same as static figures first.
+Publishing removes what widgets draw, since GitHub cannot show it; each notebook shows the same as static figures first.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from helpers.io.atomic import atomic_path
 from helpers.io.results import require
 from helpers.publishing import plots
 
-STATIC = "HELPERS_STATIC"  # set by `publish`: say that there is a widget instead of building it
+STATIC = "HELPERS_STATIC"  # set when notebooks are published: say that there is a widget instead of building it
 
 
 def show(build: Callable[[], object]) -> None:
@@ -23,20 +27,17 @@ def show(build: Callable[[], object]) -> None:
     if os.environ.get(STATIC):
         print("(interactive: open this notebook in JupyterLab and run this cell)")
         return
-    from IPython.display import display
-
     display(build())
 
 
 def save_widths(path: str | Path, followed: pd.DataFrame, tokens: Sequence[str]) -> None:
-    """Keep a result of `comparison.follow_text` and the text of each token as JSON lines, for `load_widths`."""
+    """Keep a result of `evaluation.length.follow_text` and the text of each token as JSON lines, for `load_widths`."""
     lines = [{"texts": list(tokens)}]
     for row in followed.to_dict("records"):
         lines.append({**row, "bits": [round(float(bits), 2) for bits in row["bits"]]})
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            "\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load_widths(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
@@ -49,10 +50,8 @@ def load_widths(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
 def width_explorer(followed: pd.DataFrame, tokens: Sequence[str], shown: int = 96):
     """Dropdown of methods and slider over the text: each token's width after so many tokens were read.
 
-    `followed` is a result of `comparison.follow_text`, `tokens` the text of each token; the `shown` newest are drawn.
+    `followed` is a result of `follow_text`, `tokens` the text of each token; the `shown` newest are drawn.
     """
-    import ipywidgets as widgets
-
     lengths = sorted(followed["tokens"].unique())
     method = widgets.Dropdown(options=list(followed["method"].unique()), description="policy")
     read = widgets.SelectionSlider(options=lengths, value=lengths[-1], description="tokens read")
@@ -70,8 +69,6 @@ def widths_after(followed: pd.DataFrame, tokens: Sequence[str], method: str, rea
 
 def policy_explorer(table: pd.DataFrame):
     """A set of groups of policies and a slider of bytes (share of static 4-bit): those within both, best KL first."""
-    import ipywidgets as widgets
-
     groups = list(table["group"].unique())
     chosen = widgets.SelectMultiple(options=groups, value=groups, rows=len(groups), description="policies")
     budget = widgets.FloatSlider(value=1.0, min=0.5, max=2.0, step=0.05, description="bytes")
@@ -94,9 +91,8 @@ def within_budget(table: pd.DataFrame, budget: float, groups: Sequence[str] | No
 def gate_explorer(table: pd.DataFrame):
     """Dropdown of signals and slider over their thresholds: what each buys in fidelity and in time.
 
-    `table` has the columns of `gate_evaluation.summarise_gates`.
+    `table` has the columns of `gate.study.summaries.summarise_gates`.
     """
-    import ipywidgets as widgets
 
     def thresholds() -> list[tuple[str, float]]:
         return [(f"{t:.3g}", t) for t in sorted(table.loc[table["signal"] == signal.value, "threshold"])]
@@ -121,16 +117,12 @@ def gate_at(table: pd.DataFrame, signal: str, threshold: float) -> Figure:
 
 def _explorer(draw: Callable[[], Figure], controls: list):
     """The controls above an image that follows them."""
-    import io
-
     import ipywidgets as widgets
-    from matplotlib import pyplot as plt
 
     image = widgets.Image(format="png")
 
     def update(_=None) -> None:
-        figure = draw()
-        buffer = io.BytesIO()
+        figure, buffer = draw(), io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
         plt.close(figure)
         image.value = buffer.getvalue()

@@ -1,9 +1,12 @@
-"""Checkpoints and logs of a training run that may be interrupted."""
+"""Checkpoints of a training run that may be interrupted: weights, optimizer state, step, and what run it is.
 
-import csv
+A checkpoint is taken up only by a run of the same settings and texts.
+"""
+
 import json
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,7 +14,8 @@ from helpers.io.atomic import atomic_path, recover
 from helpers.io.paths import relative_to_root
 
 
-def save_checkpoint(folder: Path, model, optimizers, step: int, fingerprint: dict) -> None:
+def save_checkpoint(folder: Path, model, optimizers, step: int, run: dict) -> None:
+    """Write a checkpoint as a whole; `run` is what tells this training run from others."""
     with atomic_path(folder, directory=True) as temporary:
         save_file({k: v.contiguous() for k, v in model.named_parameters()}, temporary / "weights.safetensors")
         state = {}
@@ -20,18 +24,18 @@ def save_checkpoint(folder: Path, model, optimizers, step: int, fingerprint: dic
                 for name, value in entries.items():
                     state[f"{number}.{index}.{name}"] = torch.as_tensor(value).contiguous()
         save_file(state, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **fingerprint}), encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **run}), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path, model, optimizers, fingerprint: dict) -> int:
+def load_checkpoint(folder: Path, model, optimizers, run: dict) -> int:
     """Restore weights and optimizer state; return the step to go on with (0 without a checkpoint)."""
     recover(folder)
     if not (folder / "state.json").is_file():
         return 0
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     step = saved.pop("step")
-    if saved != fingerprint:
-        changed = sorted(k for k in fingerprint if saved.get(k) != fingerprint[k])
+    if saved != run:
+        changed = sorted(k for k in run if saved.get(k) != run[k])
         raise ValueError(
             f"checkpoint {relative_to_root(folder)} was written with other {', '.join(changed)}; "
             "train with the same, or remove the checkpoint to start anew"
@@ -52,15 +56,7 @@ def load_checkpoint(folder: Path, model, optimizers, fingerprint: dict) -> int:
     return step
 
 
-def read_log(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_log(path: Path, rows: list[dict[str, str]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=["step", "loss", "seconds"])
-        writer.writeheader()
-        writer.writerows(rows)
+def read_log(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Lines of the training log up to `last_step`, `step`, `loss` and `seconds` as written; none without a file."""
+    lines = pd.read_csv(path, dtype=str).to_dict("records") if path.is_file() else []
+    return [line for line in lines if int(line["step"]) <= last_step]

@@ -7,8 +7,6 @@ Collection goes text by text into a partial file beside the result, which a late
 up again; the result itself appears only when it is complete and has passed `check_training_data`.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +19,25 @@ from transformers import PreTrainedModel
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.io.atomic import atomic_path, explain_full_disk
 from helpers.io.processes import from_main, is_main_process, process_count, spread
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
-from helpers.models.fingerprint import model_fingerprint
+from helpers.io.results import key_hash, write_table
+from helpers.models.fingerprint import fingerprint
 from helpers.models.tokens import check_context
+from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Policy, policy_for_text
+from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.training.table import COLUMNS, check_training_data
 
 TEXTS_A_ROUND = 4  # of each of several processes, between two gatherings: enough to even out texts of unequal length
+
+
+def _read(model: PreTrainedModel, ids: Sequence[int], text_id: int, policy: Policy, block: int):
+    """The driver and the result of reading one text token by token through a packed cache under `policy`."""
+    cache = PackedKVCache(model.config, block=block)
+    driver = PolicyDriver(model, cache, policy.for_text(text_id), extra=("entropy", "confidence", "attn_var"))
+    ids = torch.tensor([list(ids)], device=model.device)
+    return driver, decode(CachedModel(model, cache, driver), ids, forced=True)
 
 
 def collect_text(
@@ -42,22 +48,18 @@ def collect_text(
     Units: entropy in nats, latency in ms for that token's own step (forward, features, policy, commit), attn_var
     unitless, accuracy 1.0 where the next token was the most probable one.
     """
-    row = torch.tensor([list(ids)], device=model.device)
-    cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy_for_text(policy, text_id), extra=("entropy", "confidence", "attn_var"))
-    result = decode(model, row, cache, driver, forced=True)
+    driver, result = _read(model, ids, text_id, policy, block)
     count = len(ids) - 1
+    features = {name: getattr(result.features, name)[0, :count] for name in ("entropy", "confidence", "attn_var")}
     columns = {
-        "entropy": result.features.entropy[0, :count].cpu().double(),
-        "rarity": np.asarray(rarity[:count]),
-        "attn_var": result.features.attn_var[0, :count].cpu().double(),
+        **{name: values.cpu().double() for name, values in features.items()},
+        "rarity": rarity[:count],
         "kv_bits": driver.widths_so_far()[0, :count].cpu(),
-        "latency": np.asarray(result.latency_ms[:count]),
+        "latency": result.latency_ms[:count],
         "accuracy": result.correct[0].cpu().double(),
-        "confidence": result.features.confidence[0, :count].cpu().double(),
         "text_id": np.full(count, text_id),
         "position": np.arange(count),
-        "token_id": np.asarray(ids[:count]),
+        "token_id": ids[:count],
     }
     return pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})[COLUMNS]
 
@@ -73,7 +75,7 @@ def collect(
     """Collect all `texts` (token ids, two or more each) into the CSV `path`, and its provenance into `path`.json.
 
     An interrupted collection is taken up after its last complete text if texts, policy, block and model shape are
-    the same; else it starts anew. Several processes (see `helpers.processes`) share the texts of a round, and the
+    the same; else it starts anew. Several processes (see `helpers.io.processes`) share the texts of a round, and the
     main one writes. Raises `ValueError` for texts of fewer than two tokens or beyond the model's context.
     """
     path = Path(path)
@@ -85,85 +87,62 @@ def collect(
     counts = TokenCounts()
     rarities = [counts.rarity(ids) for ids in texts]
     partial = path.with_name(f".{path.stem}.partial.csv")
-    fingerprint = _fingerprint(model, texts, policy, block)
-    done = from_main(lambda: _resume(partial, texts, fingerprint))
+    key = key_hash([fingerprint(model), [list(ids) for ids in texts], repr(policy), block])
+    done = from_main(lambda: _resume(partial, texts, key))
     if done < len(texts):
-        _warm_up(model, texts[0], policy, block)
+        _read(model, texts[0][: 2 * block], 0, policy, block)  # so that first-use costs do not land in the first rows
     many = TEXTS_A_ROUND * process_count() if process_count() > 1 else 1
     hidden = not is_main_process()
     with tqdm(initial=done, total=len(texts), desc="texts", leave=False, disable=hidden) as progress:
         for first in range(done, len(texts), many):
-            ids = texts[first : first + many]
 
             def one(at: int, first: int = first) -> pd.DataFrame:
                 text_id = first + at
                 return collect_text(model, texts[text_id], rarities[text_id], text_id, policy, block)
 
-            for table in spread(one, [len(text) for text in ids]):
-                if is_main_process():
-                    _append(partial, table)
-            progress.update(len(ids))
-    return from_main(lambda: _finish(partial, path, texts, policy, block, source or {}))
+            tables = spread(one, [len(ids) for ids in texts[first : first + many]])
+            if is_main_process():
+                _append(partial, tables)
+            progress.update(len(tables))
+    about = {"texts": len(texts), "policy": repr(policy), "block": block, "processes": process_count()}
+    return from_main(lambda: _finish(partial, path, about | (source or {})))
 
 
-def _append(partial: Path, table: pd.DataFrame) -> None:
-    with explain_full_disk(partial), partial.open("a", newline="", encoding="utf-8") as file:
-        table.round(6).to_csv(file, header=False, index=False)
-        file.flush()
-
-
-def _finish(
-    partial: Path, path: Path, texts: Sequence[Sequence[int]], policy: Policy, block: int, source: dict[str, str]
-) -> pd.DataFrame:
-    """Check the complete partial file, make it the result, and write where it came from."""
-    result = pd.read_csv(partial, comment="#", names=COLUMNS)
-    check_training_data(result)
-    with atomic_path(path) as temporary:
-        result.to_csv(temporary, index=False)
-    about = {"texts": len(texts), "rows": len(result), "policy": repr(policy), "block": block, **source}
-    write_json(path.with_suffix(".json"), about | provenance(processes=process_count()))
-    partial.unlink()
-    return result
-
-
-def _warm_up(model: PreTrainedModel, ids: Sequence[int], policy: Policy, block: int) -> None:
-    """Run a few steps that are not logged, so that first-use costs do not land in the first rows."""
-    row = torch.tensor([list(ids)[: 2 * block]], device=model.device)
-    cache = PackedKVCache(model.config, block=block)
-    driver = PolicyDriver(model, cache, policy_for_text(policy, 0), extra=("entropy", "attn_var"))
-    decode(model, row, cache, driver, forced=True)
-
-
-def _fingerprint(model: PreTrainedModel, texts: Sequence[Sequence[int]], policy: Policy, block: int) -> str:
-    content = json.dumps([model_fingerprint(model), [list(t) for t in texts], repr(policy), block])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _resume(partial: Path, texts: Sequence[Sequence[int]], fingerprint: str) -> int:
+def _resume(partial: Path, texts: Sequence[Sequence[int]], key: str) -> int:
     """How many texts, from the first on, the partial file holds completely; it is cut to these, or begun anew."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    header = f"# {fingerprint}\n"
-    kept: list[str] = []
-    done = 0
-    if partial.is_file():
-        lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if lines and lines[0] == header:
-            at = 1
-            for ids in texts:
-                rows = lines[at : at + len(ids) - 1]
-                whole = len(rows) == len(ids) - 1 and rows[-1].endswith("\n")
-                if not whole or not all(map(_is_row, rows)):
-                    break
-                kept, at = kept + rows, at + len(rows)
-                done += 1
+    header = f"# {key}\n"
+    lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if partial.is_file() else []
+    done, at = 0, 1
+    while done < len(texts) and lines[:1] == [header]:
+        rows = lines[at : at + len(texts[done]) - 1]
+        if len(rows) < len(texts[done]) - 1 or not all(map(_is_row, rows)):
+            break
+        done, at = done + 1, at + len(rows)
     with atomic_path(partial) as temporary:
-        temporary.write_text(header + "".join(kept), encoding="utf-8")
+        temporary.write_text("".join([header, *lines[1:at]]), encoding="utf-8")
     return done
 
 
 def _is_row(line: str) -> bool:
-    """Whether a line of a partial file holds a number for every column."""
+    """Whether a line of a partial file is whole and holds a number for every column."""
     try:
-        return len([float(part) for part in line.split(",")]) == len(COLUMNS)
+        return line.endswith("\n") and len([float(part) for part in line.split(",")]) == len(COLUMNS)
     except ValueError:
         return False
+
+
+def _append(partial: Path, tables: list[pd.DataFrame]) -> None:
+    with explain_full_disk(partial), partial.open("a", newline="", encoding="utf-8") as file:
+        for table in tables:
+            table.round(6).to_csv(file, header=False, index=False)
+            file.flush()
+
+
+def _finish(partial: Path, path: Path, about: dict[str, object]) -> pd.DataFrame:
+    """Check the complete partial file, make it the result, and write where it came from."""
+    result = pd.read_csv(partial, comment="#", names=COLUMNS)
+    check_training_data(result)
+    write_table(path, result, about | {"rows": len(result)}, float_format=None)
+    partial.unlink()
+    return result

@@ -1,4 +1,8 @@
-"""Training the networks that choose a width at commit."""
+"""Training the networks that choose a token's width at commit: `imitation`, and `commit` itself.
+
+`imitation` is the assignment's own controller: from entropy, rarity and attention variance it copies what the entropy
+rule chose. `commit` learns from more features which width is worth its bits.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +41,7 @@ class LossWeights:
 def commit_loss(
     outputs: torch.Tensor, labels: torch.Tensor, quality: torch.Tensor, weights: LossWeights
 ) -> torch.Tensor:
-    """The seed's loss. `outputs` `[N, 4]` logits, `labels` `[N]` class indices, `quality` `[N, 4]` relative rises."""
+    """The loss. `outputs` `[N, 4]` logits, `labels` `[N]` class indices, `quality` `[N, 4]` relative rises of KL."""
     probabilities = outputs.softmax(-1)
     cost = probabilities @ (torch.tensor(WIDTHS, dtype=outputs.dtype) / max(WIDTHS))
     imitation = nn.functional.cross_entropy(outputs, labels)
@@ -58,17 +62,16 @@ def train_commit(
     """Train a network that maps `features` to the width in column `label`, stopping early on held-out texts.
 
     `table` has a row a token, with `text_id`, the features and, where `weights.c` is not 0, the columns `cost_2` to
-    `cost_16` of `sensitivity`. Raises `ValueError` for missing columns.
+    `cost_16` of `measure_costs`. Raises `ValueError` for missing columns.
     """
-    costs = [f"cost_{bits}" for bits in WIDTHS]
-    missing = [c for c in (*features, label, "text_id", *(costs if weights.c else ())) if c not in table]
+    missing = [c for c in (*features, label, "text_id", *(COST_COLUMNS if weights.c else ())) if c not in table]
     if missing:
         raise ValueError(f"the table lacks column(s) {', '.join(missing)}")
     inputs = torch.tensor(table[list(features)].to_numpy(np.float32))
     labels = torch.tensor(np.searchsorted(WIDTHS, table[label].to_numpy()))
     quality = torch.zeros(len(table), len(WIDTHS))
     if weights.c:
-        quality = torch.tensor(table[costs].to_numpy(np.float32) / table[costs[0]].mean())
+        quality = torch.tensor(table[COST_COLUMNS].to_numpy(np.float32) / table[COST_COLUMNS[0]].mean())
     held = split_texts(table["text_id"].to_numpy(), validation, seed)
     parts = [tuple(x[torch.tensor(rows)] for x in (inputs, labels, quality)) for rows in (~held, held)]
     torch.manual_seed(seed)
@@ -83,13 +86,13 @@ def save_commit(network: Network, folder: str | Path, name: str, table: pd.DataF
     network.save(folder, name, {**about, "rates": rate_table(network, table), "token_counts": counts})
 
 
-def commit_tasks(table: pd.DataFrame, price: float) -> dict[str, dict]:
-    """Settings of `controller.train_commit` for the two tasks: "seed" copies the rule, "commit" learns `optimal_bits`.
+def commit_tasks(table: pd.DataFrame, multiplier: float) -> dict[str, dict]:
+    """Settings of `train_commit` for both tasks: `imitation` learns `kv_bits`, `commit` learns `optimal_bits`.
 
-    For the latter, cost and quality enter the loss in the proportion of `price`, the lambda of `measure_costs`.
+    For the latter, cost and quality enter the loss in the proportion of the `multiplier` of `measure_costs`.
     """
-    cost_weight = max(WIDTHS) * price / table[COST_COLUMNS[0]].mean()
+    cost_weight = max(WIDTHS) * multiplier / table[COST_COLUMNS[0]].mean()
     return {
-        "seed": {"features": IMITATION_FEATURES, "label": "kv_bits", "weights": LossWeights()},
+        "imitation": {"features": IMITATION_FEATURES, "label": "kv_bits", "weights": LossWeights()},
         "commit": {"features": COMMIT_FEATURES, "label": "optimal_bits", "weights": LossWeights(1.0, cost_weight, 1.0)},
     }

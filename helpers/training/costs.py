@@ -1,7 +1,8 @@
-"""Part 1's table extended by what each width costs each token."""
+"""Part 1's table extended by what each width costs each token, and by the width that is worth its bits.
 
-import hashlib
-import json
+Measuring takes minutes, so the costs are kept in a file, for the model and table that they belong to.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.quantization import WIDTHS
-from helpers.io.atomic import atomic_path
 from helpers.io.provenance import provenance
-from helpers.io.results import write_json
-from helpers.models.fingerprint import model_fingerprint
-from helpers.policies.features import surprisal
+from helpers.io.results import read_keyed, write_keyed, write_table
+from helpers.models.fingerprint import fingerprint
+from helpers.policies.features import log_probabilities, surprisal_of
 from helpers.training.allocation import optimal_bits
 from helpers.training.exact import HORIZON, exact_costs
 from helpers.training.states import text_states
@@ -33,7 +33,7 @@ def texts_of(table: pd.DataFrame) -> dict[int, list[int]]:
 def measure_costs(
     model: PreTrainedModel, table: pd.DataFrame, average: float = 4.0, horizon: int = HORIZON
 ) -> tuple[pd.DataFrame, float]:
-    """The table of `collect` with more columns, and the lambda (nats per bit) behind `optimal_bits`.
+    """The table of `collect` with more columns, and the multiplier (nats per bit) behind `optimal_bits`.
 
     Added: `surprisal`, `key_error`, `value_error` (see `TokenFeatures`); `cost_2` to `cost_16`, the measured rise of
     KL in nats over the `horizon` following predictions; `horizon`, how many there were; and `optimal_bits` for a
@@ -47,42 +47,29 @@ def measure_costs(
         row = torch.tensor([ids], device=model.device)
         logits = model(input_ids=row, cache=cache).logits
         states = text_states(cache)
-        own = torch.nn.functional.pad(surprisal(logits[:, :-1], row[:, 1:]), (1, 0))[0]
-        errors = {
-            f"{side}_error": states.error(side, min(WIDTHS)).mean((0, 1, 2)).cpu().numpy() for side in ("key", "value")
-        }
-        costs = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
-        part = table[table["text_id"] == text_id].assign(surprisal=own.cpu().numpy(), **errors)
-        part[COST_COLUMNS] = costs
+        own = torch.nn.functional.pad(surprisal_of(log_probabilities(logits[:, :-1]), row[:, 1:]), (1, 0))[0]
+        key_error, value_error = (x.mean((0, 1, 2)) for x in states.relative_errors(min(WIDTHS)))
+        known = {"surprisal": own, "key_error": key_error, "value_error": value_error}
+        part = table[table["text_id"] == text_id].assign(**{name: x.cpu().numpy() for name, x in known.items()})
+        part[COST_COLUMNS] = exact_costs(model, ids, range(len(ids)), WIDTHS, horizon)
         parts.append(part.assign(horizon=np.minimum(horizon, len(ids) - 1 - np.arange(len(ids)))))
     result = pd.concat(parts, ignore_index=True)
-    bits, price = optimal_bits(result[COST_COLUMNS].to_numpy(), average)
-    return result.assign(optimal_bits=bits), price
+    bits, multiplier = optimal_bits(result[COST_COLUMNS].to_numpy(), average)
+    return result.assign(optimal_bits=bits), multiplier
 
 
 def load_or_measure_costs(
     model: PreTrainedModel, table: pd.DataFrame, path: str | Path, average: float = 4.0
 ) -> tuple[pd.DataFrame, float]:
     """`measure_costs`, kept in the CSV `path` (and `path`.json): measured again only for another model or table."""
-    path = Path(path)
-    content = [model_fingerprint(model), table["token_id"].tolist(), table["kv_bits"].tolist(), HORIZON]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    about = path.with_suffix(".json")
-    if not path.is_file() or _key_in(about) != key:
-        costs, price = measure_costs(model, table, average)
+    path, about = Path(path), Path(path).with_suffix(".json")
+    key = [fingerprint(model), table["token_id"].tolist(), table["kv_bits"].tolist(), HORIZON]
+    if not path.is_file() or read_keyed(about, key) is None:
+        costs, multiplier = measure_costs(model, table, average)
         about.unlink(missing_ok=True)  # or a run killed between the two files would leave new costs under an old key
-        with atomic_path(path) as temporary:
-            costs.to_csv(temporary, index=False, float_format="%.6g")
-        write_json(about, {"key": key, "horizon": HORIZON, "average": average, "lambda": price, **provenance()})
+        write_table(path, costs)
+        write_keyed(about, key, {"horizon": HORIZON, "average": average, "lambda": multiplier, **provenance()})
     # From the file in any case: its numbers are rounded, and a run that is taken up again must end as a whole one.
     costs = pd.read_csv(path)
-    bits, price = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
-    return costs.assign(optimal_bits=bits), price
-
-
-def _key_in(about: Path) -> str | None:
-    """The key of the costs beside the file `about`; None where there is none, or no such file."""
-    try:
-        return json.loads(about.read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    bits, multiplier = optimal_bits(costs[COST_COLUMNS].to_numpy(), average)
+    return costs.assign(optimal_bits=bits), multiplier

@@ -1,4 +1,4 @@
-"""Networks that never saw the texts they are judged on."""
+"""Predictions by networks that never saw the text they predict: cross-validation by whole texts."""
 
 import numpy as np
 import pandas as pd
@@ -8,20 +8,23 @@ from helpers.cache.quantization import WIDTHS
 from helpers.evaluation.bootstrap import bootstrap_groups
 from helpers.policies.network import Network
 from helpers.training.commit import train_commit
+from helpers.training.settle import train_settle
 
 Folds = list[tuple[np.ndarray, Network]]  # which rows were held out, and the network that never saw their texts
 
 
-def cross_fit(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> Folds:
-    """Train `folds` networks (settings of `train_commit`), each without a share of the texts."""
-    texts = np.random.default_rng(seed).permutation(table["text_id"].unique())
+def text_folds(text_ids: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
+    """Which rows each fold holds out: each text falls into one, at random. Raises `ValueError` for too few texts."""
+    texts = np.random.default_rng(seed).permutation(np.unique(text_ids))
     if len(texts) < folds + 1:
         raise ValueError(f"{folds} folds need more than {folds} texts, got {len(texts)}")
-    fitted = []
-    for fold in range(folds):
-        held = table["text_id"].isin(texts[fold::folds]).to_numpy()
-        fitted.append((held, train_commit(table[~held], seed=seed + fold, **settings)[0]))
-    return fitted
+    return [np.isin(text_ids, texts[fold::folds]) for fold in range(folds)]
+
+
+def cross_fit(table: pd.DataFrame, folds: int = 6, seed: int = 0, **settings) -> Folds:
+    """Train `folds` networks (settings of `train_commit`), each without a share of the texts."""
+    parts = text_folds(table["text_id"].to_numpy(), folds, seed)
+    return [(held, train_commit(table[~held], seed=seed + i, **settings)[0]) for i, held in enumerate(parts)]
 
 
 def held_out(table: pd.DataFrame, folds: Folds) -> np.ndarray:
@@ -50,3 +53,15 @@ def shuffled_drops(table: pd.DataFrame, folds: Folds, label: str, seed: int = 0)
         drop, low, high = bootstrap_groups(lambda i, lost=lost: lost[i].mean(), table["text_id"].to_numpy())
         rows.append({"feature": name, "drop": drop, "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def cross_validate_settle(
+    inputs: torch.Tensor, damage: torch.Tensor, text_ids: np.ndarray, folds: int = 4, seed: int = 0, **settings
+) -> torch.Tensor:
+    """Scores `[blocks, block]` for every block by networks that never saw its text; settings of `train_settle`."""
+    scores = torch.zeros(damage.shape)
+    for fold, held in enumerate(text_folds(text_ids, folds, seed)):
+        rest = ~held
+        network, _ = train_settle(inputs[rest], damage[rest], text_ids[rest], seed=seed + fold, **settings)
+        scores[held] = network(inputs[held])[..., 0]
+    return scores

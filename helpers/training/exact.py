@@ -1,4 +1,7 @@
-"""Measured rise of KL by storing one token at a width."""
+"""What storing one token at a width does to the predictions that follow, measured: the rise of their KL divergence.
+
+The model reads the text again for every token and width, so this is slow; `fisher` estimates the same.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +20,7 @@ HORIZON = 64
 class _PerturbedLayer(DynamicLayer):
     """Holds a prefix, and puts one extra slot a row behind the new tokens: a token as another width stores it."""
 
-    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor], extra: tuple[torch.Tensor, torch.Tensor]):
+    def __init__(self, prefix: Sequence[torch.Tensor], extra: Sequence[torch.Tensor]):
         super().__init__()
         self.prefix, self.extra = prefix, extra
 
@@ -50,9 +53,9 @@ def exact_costs(
     full = DynamicCache(config=model.config)
     reference = model(input_ids=row, cache=full).logits[0]
     states = text_states(full)
-    stored = {bits: (states.stored("key", bits), states.stored("value", bits)) for bits in widths}
+    stored = [states.stored(bits) for bits in widths]
     costs = np.zeros((len(tokens), len(widths)))
-    pairs = sorted((t, i, w) for i, t in enumerate(tokens) for w in range(len(widths)))
+    pairs = sorted((t, i, w) for i, t in enumerate(tokens) for w in range(len(widths)))  # token, its place, width's
     while pairs:
         first = pairs[0][0]
         group = [p for p in pairs[:batch] if p[0] < first + 16]  # tokens close together share a window
@@ -61,12 +64,10 @@ def exact_costs(
         stop = min(len(ids), int(at.max()) + 1 + horizon)
         window = torch.arange(first, stop, device=model.device)
         layers = []
-        for layer in range(len(states.keys)):
-            prefix = (states.keys[layer][:, :, :first], states.values[layer][:, :, :first])
-            extra = [
-                torch.cat([stored[widths[w]][side][layer][:, :, t : t + 1] for t, _, w in group]) for side in (0, 1)
-            ]
-            layers.append(_PerturbedLayer(prefix, tuple(extra)))
+        for layer in range(len(full.layers)):
+            prefix = tuple(x[layer][:, :, :first] for x in states.full)
+            extra = [torch.cat([stored[w][side][layer][:, :, t : t + 1] for t, _, w in group]) for side in (0, 1)]
+            layers.append(_PerturbedLayer(prefix, extra))
         keys = torch.arange(stop, device=model.device)
         later = window > at[:, None]  # queries that see the token as it is stored
         visible = (keys <= window[:, None]) & ~(later[:, :, None] & (keys == at[:, None, None]))

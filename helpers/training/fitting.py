@@ -1,4 +1,7 @@
-"""Fitting small networks, with whole texts held out."""
+"""Fitting a small network, stopped early by its loss on texts that were held out as wholes.
+
+What is fitted, and by which loss, is told by `commit` and `settle`.
+"""
 
 import copy
 from dataclasses import dataclass, field

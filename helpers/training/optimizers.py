@@ -1,4 +1,4 @@
-"""Optimizers and learning rate of pretraining."""
+"""Optimizers of pretraining, and the learning rate that they share."""
 
 import math
 

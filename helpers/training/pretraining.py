@@ -1,13 +1,12 @@
-"""Train the story models that the project ships with, from text files to a folder in Hugging Face format.
+"""Training the story models that the project ships with, from text files to a folder in Hugging Face format.
 
-    python -m helpers.pretrain --text stories.txt.gz --holdout-text real_stories.txt --out data/models/large
+    python main.py pretrain --text stories.txt.gz --holdout-text real_stories.txt --out data/models/large
 
-Byte-level BPE tokenizer, a small Llama, next-token loss on packed rows. Hidden matrices are trained with Muon
+Byte-level BPE tokenizer, a small Llama, next-token loss on packed sequences. Hidden matrices are trained with Muon
 (K. Jordan, 2024), the rest with AdamW; warm-up, then cosine decay to zero. Batches are a function of seed and step
 alone, and a checkpoint holds weights and optimizer state, so an interrupted run goes on as if it had not been.
 """
 
-import argparse
 import json
 import math
 import time
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -24,12 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from helpers.io.atomic import atomic_files, atomic_path, remove_folder
 from helpers.io.processes import on_cpu
 from helpers.io.provenance import provenance
-from helpers.io.results import write_json
+from helpers.io.results import write_json, write_table
 from helpers.models.stories import load_stories, read_stories, split_holdout
-from helpers.training.checkpoints import load_checkpoint, read_log, save_checkpoint, write_log
+from helpers.training.checkpoints import load_checkpoint, read_log, save_checkpoint
 from helpers.training.optimizers import build_optimizers, learning_rate_factor
-from helpers.training.settings import SIZES, TrainingSettings
+from helpers.training.settings import PretrainOptions, TrainingSettings
 from helpers.training.tokenizer import encode_stories, train_tokenizer
+
+CARD = Path(__file__).parent / "cards" / "story_model.md"
 
 
 def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -51,20 +53,20 @@ def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) 
     return LlamaForCausalLM(config)
 
 
-def batch_rows(tokens: np.ndarray, settings: TrainingSettings, step: int) -> np.ndarray:
-    """Rows `[batch, context + 1]` of step `step`: each epoch cuts the text at another offset and shuffles the rows.
+def batch_sequences(tokens: np.ndarray, settings: TrainingSettings, step: int) -> np.ndarray:
+    """Sequences `[batch, context + 1]` of a step: each epoch cuts the text at another offset and shuffles the pieces.
 
-    The last token of a row is the target of the one before it only, so it opens the next row again.
+    The last token of a sequence is the target of the one before it only, so it opens the next sequence again.
     """
-    rows_per_epoch = (len(tokens) - settings.context - 1) // settings.context
-    rows = []
+    an_epoch = (len(tokens) - settings.context - 1) // settings.context
+    sequences = []
     for index in range(step * settings.batch, (step + 1) * settings.batch):
-        epoch, position = divmod(index, rows_per_epoch)
+        epoch, position = divmod(index, an_epoch)
         order = np.random.default_rng((settings.seed, epoch))
         offset = int(order.integers(settings.context))
-        start = int(order.permutation(rows_per_epoch)[position]) * settings.context + offset
-        rows.append(tokens[start : start + settings.context + 1])
-    return np.stack(rows)
+        start = int(order.permutation(an_epoch)[position]) * settings.context + offset
+        sequences.append(tokens[start : start + settings.context + 1])
+    return np.stack(sequences)
 
 
 @torch.no_grad()
@@ -108,17 +110,17 @@ def train(
         raise ValueError(f"batch {settings.batch} does not divide over {accelerator.num_processes} processes")
     set_seed(settings.seed)
     tokens = encode_stories(tokenizer, train_stories)
-    if len(tokens) < settings.context * (settings.batch + 2):
+    if len(tokens) < (least := settings.context * (settings.batch + 2)):
         raise ValueError(
-            f"the training text holds {len(tokens)} tokens; one batch needs "
-            f"{settings.context * (settings.batch + 2)}: give more text, or a smaller batch or context"
+            f"the training text holds {len(tokens)} tokens; one batch needs {least}: give more text, or a smaller "
+            "batch or context"
         )
-    fingerprint = {"settings": asdict(settings), "tokens": len(tokens), "checksum": int(tokens.astype(np.int64).sum())}
+    run = {"settings": asdict(settings), "tokens": len(tokens), "checksum": int(tokens.astype(np.int64).sum())}
     model = build_model(settings, tokenizer)
     optimizers = build_optimizers(model, settings)
-    first_step = load_checkpoint(checkpoint, model, optimizers, fingerprint)
+    first_step = load_checkpoint(checkpoint, model, optimizers, run)
     log_path = out / "training_log.csv"
-    log = [row for row in read_log(log_path) if int(row["step"]) <= first_step]
+    log = read_log(log_path, first_step)
     seconds_before = float(log[-1]["seconds"]) if log else 0.0
     model, *optimizers = accelerator.prepare(model, *optimizers)
 
@@ -130,13 +132,13 @@ def train(
                     disable=not accelerator.is_main_process)  # fmt: skip
     model.train()
     for step in progress:
-        rows = torch.from_numpy(batch_rows(tokens, settings, step)[mine]).long().to(accelerator.device)
+        ids = torch.from_numpy(batch_sequences(tokens, settings, step)[mine]).long().to(accelerator.device)
         factor = learning_rate_factor(step, settings)
         for optimizer, rate in zip(optimizers, (settings.muon_lr, settings.adamw_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in optimizers:
@@ -146,14 +148,14 @@ def train(
         done = step + 1
         if done % 50 == 0 or done == last_step:
             seconds = seconds_before + time.perf_counter() - started
-            speed = (done - first_step) * settings.batch * settings.context / (time.perf_counter() - started)
             log.append({"step": done, "loss": f"{np.mean(losses):.4f}", "seconds": f"{seconds:.0f}"})
-            progress.set_postfix(loss=log[-1]["loss"], tokens_per_s=f"{speed:.0f}")
+            progress.set_postfix(loss=log[-1]["loss"])
             losses = []
         if accelerator.is_main_process and (done % checkpoint_every == 0 or done == last_step):
             bare = accelerator.unwrap_model(model)
-            write_log(log_path, log)  # first: lines beyond the checkpoint are dropped when the run is taken up again
-            save_checkpoint(checkpoint, bare, [o.optimizer for o in optimizers], done, fingerprint)
+            # The log first: its lines beyond the checkpoint are dropped when the run is taken up again.
+            write_table(log_path, pd.DataFrame(log))
+            save_checkpoint(checkpoint, bare, [o.optimizer for o in optimizers], done, run)
     result = {}
     if last_step == settings.steps and accelerator.is_main_process:
         bare = accelerator.unwrap_model(model).eval()
@@ -171,67 +173,32 @@ def train(
             bare.to(torch.float16).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         write_json(out / "training.json", result)
-        write_card(out, result)
+        write_training_card(out, result)
         remove_folder(checkpoint)
     accelerator.wait_for_everyone()
     return result
 
 
-def write_card(out: Path, result: dict) -> None:
+def write_training_card(out: Path, result: dict) -> None:
     """Write the model card `out/README.md` from the content of `training.json`."""
-    s = result["settings"]
-    rows = {
-        "architecture": f"Llama, {s['layers']} layers of {s['hidden']}, {s['heads']} query / {s['kv_heads']} key-value "
-        f"heads of {s['head_dim']}, tied embeddings, byte-level BPE",
-        "parameters": f"{result['parameters']:,}",
-        "context": f"{s['context']} tokens",
-        "training text": f"{result['train_tokens']:,} tokens of English stories",
-        "training": f"{s['steps']:,} steps of {s['batch']} rows, {result['tokens_seen']:,} tokens seen, "
-        f"seed {s['seed']}; Muon {s['muon_lr']} and AdamW {s['adamw_lr']}, warm-up {s['warmup']} steps, "
-        "cosine decay to 0",
-        "held-out bits per byte": f"{result['holdout_bits_per_byte']} ({result['holdout_stories']} stories)",
-        "hardware and time": f"{result['device']}, {result['processes']} process(es) of {result['threads']} threads, "
-        f"{result['seconds'] / 60:.0f} min",
-        "versions": f"torch {result['torch']}, transformers {result['transformers']}",
-        "limits": "simple stories only: no chat, no facts, no other language; objects and names drift",
-        "licence": "that of the project, and of the text it was trained on",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    content = CARD.read_text(encoding="utf-8").format(**result, minutes=result["seconds"] / 60)
     with atomic_path(out / "README.md") as temporary:
-        title = "# A story model trained by `helpers.pretrain`\n\nLoss over the run: `training_log.csv`.\n\n"
-        temporary.write_text(f"{title}| | |\n|---|---|\n{table}\n", encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", nargs="+", default=["roneneldan/TinyStories"],
-                        help="training texts: story files (.txt, .txt.gz) or hub data sets")  # fmt: skip
-    parser.add_argument("--holdout-text", help="story file whose last tenth is held out and whose rest is trained on")
-    parser.add_argument("--out", required=True, help="folder of the finished model")
-    parser.add_argument("--size", choices=sorted(SIZES), default="large")
-    parser.add_argument("--tokenizer", help="folder with a tokenizer to reuse; without it one is trained")
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--checkpoint-every", type=int, default=500)
-    options = parser.parse_args(arguments)
-    changed = {k: getattr(options, k) for k in ("steps", "batch", "seed") if getattr(options, k) is not None}
-    settings = TrainingSettings(**{**asdict(SIZES[options.size]), **changed})
-
+def pretrain(options: PretrainOptions) -> dict[str, object]:
+    """Train a model as `options` say and print what `training.json` says of it, which is returned too."""
     stories = [story for source in options.text for story in load_stories(source)]
     if options.holdout_text:
         kept, holdout = split_holdout(read_stories(options.holdout_text))
         stories += kept
     else:
         stories, holdout = split_holdout(stories, 0.01)
+    settings = options.settings
     if options.tokenizer:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
     else:
         tokenizer = train_tokenizer(stories, options.vocab_size, settings.context)
     result = train(tokenizer, stories, holdout, options.out, settings, options.checkpoint_every)
     print(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    return result

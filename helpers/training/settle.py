@@ -1,4 +1,4 @@
-"""Training the network that ranks tokens when their block settles."""
+"""Training the network that ranks the tokens of a block when the block settles: `settle`."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def train_settle(
     """Train a network that ranks the tokens of a block in one head by the damage that demoting them does.
 
     `inputs` `[blocks, block, features]` from `settle_inputs`, `damage` `[blocks, block]` from
-    `sensitivity.head_costs`, `text_ids` `[blocks]`. Damage is taken relative to its block's mean: what counts is the
+    `head_costs`, `text_ids` `[blocks]`. Damage is taken relative to its block's mean: what counts is the
     order within a block.
     """
     relative = (damage / damage.mean(-1, keepdim=True).clamp(min=1e-30)).float()
@@ -42,17 +42,3 @@ def train_settle(
     torch.manual_seed(seed)
     network = Network.create(SETTLE_FEATURES, parts[0][0].flatten(0, 1), hidden, 1)
     return network, fit_network(network, settle_loss, *parts, epochs, patience, batch=128, rate=2e-3)
-
-
-def cross_validate_settle(
-    inputs: torch.Tensor, damage: torch.Tensor, text_ids: np.ndarray, folds: int = 4, seed: int = 0, **settings
-) -> torch.Tensor:
-    """Scores `[blocks, block]` for every block by networks that never saw its text; settings of `train_settle`."""
-    texts = np.random.default_rng(seed).permutation(np.unique(text_ids))
-    scores = torch.zeros(damage.shape)
-    for fold in range(folds):
-        held = torch.tensor(np.isin(text_ids, texts[fold::folds]))
-        rest = ~held
-        network, _ = train_settle(inputs[rest], damage[rest], text_ids[rest.numpy()], seed=seed + fold, **settings)
-        scores[held] = network(inputs[held])[..., 0]
-    return scores

@@ -1,7 +1,10 @@
-"""What the settle network learns from: what was known of each token, and what its demotion did."""
+"""What the settle network learns from: what is known of each token when its block settles, and what its demotion does.
+
+Demotion: the token moves to the last, lowest width of a schedule, in one head.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -9,11 +12,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.quantization import width_pair
 from helpers.cache.store import Demotion
+from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.features import TokenFeatures
 from helpers.policies.learned import settle_inputs
-from helpers.policies.reading import score_blocks
 from helpers.policies.schedules import AgeSchedule
 from helpers.training.fisher import head_costs
 
@@ -31,19 +34,26 @@ class SettleExamples:
     text_ids: np.ndarray  # [N]
     schedule: np.ndarray  # [N], index into the schedules
 
-    def demoted_damage(self, scores: torch.Tensor, keep: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def demoted_damage(self, scores: torch.Tensor, keep: int) -> np.ndarray:
         """Damage `[N]` of the tokens that are demoted when the `keep` of highest `scores` `[N, block]` stay."""
         kept = scores.topk(keep, dim=-1).indices
-        rest = self.damage.sum(-1) - self.damage.gather(-1, kept).sum(-1)
-        return rest.numpy() if rows is None else rest.numpy()[rows]
+        return (self.damage.sum(-1) - self.damage.gather(-1, kept).sum(-1)).numpy()
 
 
+@dataclass(frozen=True)
 class _Recorder(AgeSchedule):
     """Follows its schedule, and notes what is known at each settle."""
 
-    def scores(self, demotion: Demotion, features: TokenFeatures) -> torch.Tensor:
+    seen: list[Demotion] = field(default_factory=list, compare=False)
+
+    def scores(self, demotion: Demotion) -> torch.Tensor:
         self.seen.append(demotion)
-        return super().scores(demotion, features)
+        return super().scores(demotion)
+
+
+def _by_block(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`[L, 1, H, slots, ...]` as one row a block in one head, `[blocks, block, ...]`."""
+    return x[:, 0].cpu().unflatten(2, (-1, block)).flatten(0, 2)
 
 
 def settle_examples(
@@ -56,45 +66,38 @@ def settle_examples(
 ) -> SettleExamples:
     """Replay `texts` under each of `schedules` and estimate what each demotion of its last step does.
 
-    Damage is `sensitivity.head_costs`; blocks that no segment of predictions follows are left out. Raises
+    Damage is `head_costs`; blocks that no segment of predictions follows are left out. Raises
     `ValueError` where no text is long enough to have any.
     """
-    columns: dict[str, list] = {name: [] for name in SettleExamples.__dataclass_fields__}
+    columns: dict[str, list] = {each.name: [] for each in fields(SettleExamples)}
     moves = []
     for schedule in schedules:
         stages = [schedule.commit, *(step.bits for step in schedule.steps)]
-        source, target = (bits if isinstance(bits, tuple) else (bits, bits) for bits in stages[-2:])
-        moves.append((source, target, schedule.steps[-1].after))
+        moves.append((*map(width_pair, stages[-2:]), schedule.steps[-1].after))
     for text_id, ids in enumerate(tqdm(texts, desc="demotions", leave=False)):
+        row = torch.tensor([list(ids)], device=model.device)
         damages = head_costs(model, ids, moves, block, samples, seed=seed + text_id)
         for number, (schedule, damage) in enumerate(zip(schedules, damages)):
             recorder = _Recorder(schedule.commit, schedule.steps, "attention x error")
-            object.__setattr__(recorder, "seen", [])
             cache = PackedKVCache(model.config, block=block)
-            driver = PolicyDriver(model, cache, recorder)
-            row = torch.tensor([list(ids)], device=model.device)
-            for _ in score_blocks(model, row, cache, driver, block):
+            for _ in score_blocks(CachedModel(model, cache, PolicyDriver(model, cache, recorder)), row, block):
                 pass
             for seen in recorder.seen:
                 stop = seen.start + seen.key_error.shape[-1]
-                by_block = torch.tensor(damage[:, :, seen.start : stop]).unflatten(-1, (-1, block)).flatten(0, 2)
-                known = ~by_block.isnan().any(-1)
-
-                def rows(x: torch.Tensor, known=known) -> torch.Tensor:
-                    """`[L, 1, H, slots, ...]` as `[blocks, block, ...]`, those of known damage."""
-                    return x[:, 0].cpu().unflatten(2, (-1, block)).flatten(0, 2)[known]
-
-                columns["inputs"].append(rows(settle_inputs(seen)))
-                columns["damage"].append(by_block[known])
-                columns["by_attention"].append(rows(seen.received))
-                columns["by_attention_and_error"].append(rows(seen.received * (seen.key_error + seen.value_error)))
-                columns["text_ids"].append(np.full(int(known.sum()), text_id))
-                columns["schedule"].append(np.full(int(known.sum()), number))
+                damage_there = _by_block(torch.tensor(damage[:, None, :, seen.start : stop]), block)
+                known = ~damage_there.isnan().any(-1)
+                by_attention = _by_block(seen.received, block)
+                error = _by_block(seen.key_error + seen.value_error, block)
+                for name, rows in {
+                    "inputs": _by_block(settle_inputs(seen), block),
+                    "damage": damage_there,
+                    "by_attention": by_attention,
+                    "by_attention_and_error": by_attention * error,
+                    "text_ids": torch.full(known.shape, text_id),
+                    "schedule": torch.full(known.shape, number),
+                }.items():
+                    columns[name].append(rows[known])
     if not sum(map(len, columns["text_ids"])):
         raise ValueError("no text is long enough for a settled block to be followed by predictions")
-    return SettleExamples(
-        **{
-            name: np.concatenate(parts) if name in ("text_ids", "schedule") else torch.cat(parts)
-            for name, parts in columns.items()
-        }
-    )
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    return SettleExamples(**joined | {name: joined[name].numpy() for name in ("text_ids", "schedule")})

@@ -1,4 +1,4 @@
-"""Keys and values of a text in full precision, and as they come back from storage."""
+"""Keys and values of a text in full precision, and as they come back from storage at any width."""
 
 from dataclasses import dataclass
 
@@ -6,36 +6,31 @@ import torch
 from transformers.cache_utils import Cache
 
 from helpers.cache.codec import CENTRE_TOKENS, Codec, make_codecs
+from helpers.cache.quantization import Widths, width_pair
 
 
 @dataclass
 class TextStates:
-    """Keys and values `[L, 1, H, T, D]` of one text in full precision, and the codecs that store them."""
+    """Keys and values `[L, 1, H, T, D]` of one text in full precision, each with the codec that stores them."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_codec: Codec
-    value_codec: Codec
+    sides: tuple[tuple[torch.Tensor, Codec], tuple[torch.Tensor, Codec]]  # of keys, of values
 
-    def _of(self, side: str) -> tuple[torch.Tensor, Codec]:
-        return (self.keys, self.key_codec) if side == "key" else (self.values, self.value_codec)
+    @property
+    def full(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in full precision."""
+        return tuple(states for states, _ in self.sides)
 
-    def stored(self, side: str, bits: int) -> torch.Tensor:
-        """Keys or values as they come back from storage at `bits`, `[L, 1, H, T, D]`."""
-        states, codec = self._of(side)
-        return codec.decode(codec.encode(states, bits)).to(states.dtype)
+    def stored(self, bits: Widths) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as they come back from storage at `bits`, or at (key bits, value bits)."""
+        pairs = zip(self.sides, width_pair(bits))
+        return tuple(codec.decode(codec.encode(states, width)).to(states.dtype) for (states, codec), width in pairs)
 
-    def change(self, side: str, bits: int) -> torch.Tensor:
-        """What storing at `bits` changes, `[L, 1, H, T, D]`."""
-        return self.stored(side, bits) - self._of(side)[0]
-
-    def error(self, side: str, bits: int) -> torch.Tensor:
-        """Squared error of storing at `bits` over squared length, `[L, 1, H, T]`."""
-        states, codec = self._of(side)
-        return codec.relative_error(states, bits)
+    def relative_errors(self, bits: int) -> list[torch.Tensor]:
+        """Squared errors of keys and values stored at `bits` over their squared lengths, `[L, 1, H, T]` each."""
+        return [codec.relative_error(states, bits) for states, codec in self.sides]
 
 
-def text_states(cache: Cache, quantizer: str = "rotated") -> TextStates:
+def text_states(cache: Cache) -> TextStates:
     """Keys and values that a full-precision forward left in `cache` (one row), with codecs centred on them.
 
     Raises `ValueError` for models whose layers differ in shape, and for texts too short to be centred.
@@ -46,7 +41,6 @@ def text_states(cache: Cache, quantizer: str = "rotated") -> TextStates:
     if keys[0].shape[2] < CENTRE_TOKENS:
         raise ValueError(f"a text needs {CENTRE_TOKENS} tokens or more, got {keys[0].shape[2]}")
     keys, values = torch.stack(keys), torch.stack(values)
-    key_codec, value_codec = make_codecs(keys, values, quantizer)
-    if quantizer == "rotated":
-        key_codec.set_centre(keys)
-    return TextStates(keys, values, key_codec, value_codec)
+    key_codec, value_codec = make_codecs(keys, values, "rotated")
+    key_codec.set_centre(keys)
+    return TextStates(((keys, key_codec), (values, value_codec)))

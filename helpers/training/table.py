@@ -1,4 +1,4 @@
-"""The training table of Part 1: columns, checks, summary."""
+"""The training table of Part 1: its columns, how it is checked and read, and its summary. `collection` writes it."""
 
 from pathlib import Path
 
@@ -8,21 +8,17 @@ import pandas as pd
 from helpers.cache.quantization import WIDTHS
 
 ASSIGNMENT_COLUMNS = ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
-
-
 COLUMNS = [*ASSIGNMENT_COLUMNS, "confidence", "text_id", "position", "token_id"]
 
 
 def check_training_data(table: pd.DataFrame) -> None:
     """Raise `ValueError`, naming column and fault, unless `table` is a sound result of `collect`."""
-    if list(table.columns[: len(ASSIGNMENT_COLUMNS)]) != ASSIGNMENT_COLUMNS:
-        raise ValueError(
-            f"the first columns must be {ASSIGNMENT_COLUMNS}, got {list(table.columns[: len(ASSIGNMENT_COLUMNS)])}"
-        )
+    first = list(table.columns[: len(ASSIGNMENT_COLUMNS)])
+    if first != ASSIGNMENT_COLUMNS:
+        raise ValueError(f"the first columns must be {ASSIGNMENT_COLUMNS}, got {first}")
     if twice := sorted(table.columns[table.columns.duplicated()]):
         raise ValueError(f"column(s) there more than once: {', '.join(twice)}")
-    missing = [name for name in COLUMNS if name not in table.columns]
-    if missing:
+    if missing := [name for name in COLUMNS if name not in table.columns]:
         raise ValueError(f"missing column(s): {', '.join(missing)}")
     if table.empty:
         raise ValueError("the table has no rows")
@@ -55,12 +51,12 @@ def read_training_data(path: str | Path) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame) -> str:
-    """The seed's summary as text: head(10), means, std/min/max and correlations of the six seed columns."""
-    seed = table[ASSIGNMENT_COLUMNS]
+    """The assignment's summary as text: head(10), means, std/min/max and correlations of its six columns."""
+    asked = table[ASSIGNMENT_COLUMNS]
     parts = [
-        seed.head(10).to_string(),
-        "=== Overall Summary (mean) ===\n" + seed.mean().to_string(),
-        "=== Distribution Stats (std, min, max) ===\n" + seed.describe().loc[["std", "min", "max"]].to_string(),
-        "=== Feature Correlations ===\n" + seed.corr().to_string(),
+        asked.head(10).to_string(),
+        "=== Overall Summary (mean) ===\n" + asked.mean().to_string(),
+        "=== Distribution Stats (std, min, max) ===\n" + asked.describe().loc[["std", "min", "max"]].to_string(),
+        "=== Feature Correlations ===\n" + asked.corr().to_string(),
     ]
     return "\n\n".join(parts)

@@ -15,12 +15,10 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from helpers.cache.bucket import EMPTY
 from helpers.cache.quantization import FULL_WIDTH
+from helpers.cache.tokens import EMPTY
 
 TILE = 32  # tokens that are expanded at a time
-
-
 MATH = {"reassoc", "nsz", "arcp", "contract"}  # not "ninf": hidden scores are -inf
 
 

@@ -8,29 +8,13 @@ from helpers.evaluation.benchmark.methods import METHODS
 from helpers.models.shapes import SHAPES, shape_config
 
 KINDS = ("attention", "decode", "prefill", "embedded")
-
-
 SWEEP_BYTES = 2**28  # plain keys and values of the layers that an attention sweep goes through
-
-
 LONG, LONG_SWEEPS = 4096, 4  # from this context on a round has fewer sweeps
-
-
 STOCK = ("quanto", "hqq")
-
-
 STOCK_LIMIT = 8192  # tokens beyond which these take minutes a round on a CPU
-
-
 ATTENTION_METHODS = ("dynamic", "static-cache", "sdpa", "2", "4", "8", "16", "mix", "learned", "reference")
-
-
 DECODE_METHODS = ("dynamic", "static-cache", "2", "4", "8", "16", "mix", "learned", *STOCK)
-
-
 CPU_DECODE_METHODS = ("dynamic", "static-cache", "4", "learned", *STOCK)
-
-
 PROMPT_METHODS = ("dynamic", "4", "learned")
 
 
@@ -73,7 +57,7 @@ class Case:
 
 
 def plan(settings: Settings, device: torch.device) -> list[Case]:
-    """The cases of a run. Without choices: on a CPU what its bars need, on CUDA shapes, contexts and batches of all."""
+    """The cases of a run. Without choices: on a CPU what its targets need, on CUDA all shapes, contexts and batches."""
     cuda = device.type == "cuda"
     large = ("SmolLM-360M", "SmolLM-1.7B", "Llama-2-7B")
     models = tuple(SHAPES) if cuda else ("SmolLM-135M",)
@@ -112,17 +96,20 @@ def plan(settings: Settings, device: torch.device) -> list[Case]:
     return cases
 
 
-def plain_bytes(case: Case, dtype: torch.dtype) -> int:
-    """Bytes of the full-precision cache of a case, of the layers that are there."""
-    if case.kind == "embedded":
-        return 0
+def layer_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one layer in full precision."""
     config = shape_config(case.shape)
-    each = 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return each * (sweep_layers(case, dtype) if case.kind == "attention" else config.num_hidden_layers)
+    return 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def sweep_layers(case: Case, dtype: torch.dtype) -> int:
     """Layers that an attention sweep goes through: as many as fill `SWEEP_BYTES`, two at least."""
-    config = shape_config(case.shape)
-    each = 2 * case.batch * case.context * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return min(config.num_hidden_layers, max(2, SWEEP_BYTES // each))
+    return min(shape_config(case.shape).num_hidden_layers, max(2, SWEEP_BYTES // layer_bytes(case, dtype)))
+
+
+def plain_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Bytes of the full-precision cache of a case, of the layers that are there."""
+    if case.kind == "embedded":
+        return 0
+    layers = sweep_layers(case, dtype) if case.kind == "attention" else shape_config(case.shape).num_hidden_layers
+    return layers * layer_bytes(case, dtype)

@@ -1,7 +1,4 @@
-"""Results of the benchmark: files, the report, and the bars that the fast paths are held to.
-
-A bar names two methods of one case, a quantity and a limit. The bars were set before the kernels were written.
-"""
+"""Results of the benchmark: their files, the table of ratios, and the report."""
 
 import json
 import re
@@ -18,21 +15,11 @@ from helpers.io.results import write_json
 
 FOLDER = ROOT / "data" / "benchmarks"
 
-
 # `ms` is the median over rounds of the time of one token's attention in one layer, of one decode step, or of a prompt;
 # `ratio` is to DynamicCache's time of the same round.
 COLUMNS = ["kind", "shape", "method", "group", "dtype", "context", "batch", "ms", "ms_low", "ms_high", "ratio",
            "ratio_low", "ratio_high", "round_ms", "stored_bytes", "live_bytes", "peak_bytes", "read_bytes",
            "code_bits", "bandwidth_gbs", "copy_share", "error"]  # fmt: skip
-
-
-QUANTITIES = {
-    "speed-up": "times as fast as",
-    "time": "of the time of",
-    "peak memory": "of the peak memory of",
-    "bandwidth": "of the bandwidth of a copy",
-}
-
 
 # Methods in the table of ratios, and their titles there.
 RATIO_COLUMNS = {
@@ -136,21 +123,17 @@ def describe_machine(table: pd.DataFrame) -> str:
     return ", ".join([*parts, f"medians of {' or '.join(map(str, rounds))} interleaved rounds"])
 
 
-def report(table: pd.DataFrame, bars: pd.DataFrame, copy_gbs: float) -> str:
-    """The table and the bars as text."""
+def benchmark_report(table: pd.DataFrame, targets: pd.DataFrame, copy_gbs: float) -> str:
+    """The table, and what `check_targets` made of it, as text."""
     shown = ["method", "ms", "ratio", "ratio_low", "ratio_high", "code_bits", "bandwidth_gbs", "copy_share"]
     parts = [f"copy bandwidth {copy_gbs:.1f} GB/s, read and written"]
     for (kind, shape, batch, context), part in table.groupby(["kind", "shape", "batch", "context"], sort=False):
         parts.append(f"{kind}, {shape}, batch {batch}, {context:,} tokens; ms, and ratio to DynamicCache")
         columns = [name for name in shown if part[name].notna().any()]
-        columns += [
-            name
-            for name in ("stored_bytes", "live_bytes", "peak_bytes")
-            if kind != "attention" and part[name].notna().any()
-        ]
+        if kind != "attention":
+            columns += [name for name in ("stored_bytes", "live_bytes", "peak_bytes") if part[name].notna().any()]
         parts.append(part[columns].round(4).to_string(index=False))
-    bars = bars[bars["result"] != "not measured"]
-    for row in bars.to_dict("records"):
+    for row in targets[targets["result"] != "not measured"].to_dict("records"):
         interval = "" if np.isnan(row["low"]) else f" ({row['low']:.2f} to {row['high']:.2f})"
-        parts.append(f"{row['result']}: {row['measured']:.2f}{interval}; {row['bar']}")
+        parts.append(f"{row['result']}: {row['measured']:.2f}{interval}; {row['target']}")
     return "\n".join(parts)

@@ -1,7 +1,7 @@
-"""What the benchmark runs: the methods, caches filled without a model, and single measurements.
+"""What the benchmark runs: caches filled without a model, and one method on one case.
 
-A run (`AttentionRun`, `DecodeRun`, `PrefillRun`) is one method on one case; `measure` gives the time of one round in
-ms. How rounds are arranged, and what becomes of the numbers, is for `helpers.benchmark`.
+`measure` of a run (`AttentionRun`, `DecodeRun`, `PrefillRun`) gives the time of one round in ms. How rounds are
+arranged, and what becomes of the numbers, is in `measuring.py`.
 """
 
 import copy
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -18,44 +18,34 @@ from helpers.cache.attention.dispatch import packed_attention_forward
 from helpers.cache.attention.reference import packed_attention
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.evaluation.benchmark.methods import BenchmarkMethod
-from helpers.evaluation.benchmark.timing import allocated_bytes, peak_allocated, reset_peak, timed
-from helpers.policies.driver import PolicyDriver
+from helpers.evaluation.device import allocated_bytes, peak_allocated, reset_peak
+from helpers.policies.cached_model import CachedModel
+from helpers.policies.decoding import timed
 
 BLOCK = 16  # steps of a round: one commit of ours falls into each
-
-
 FILL_BYTES = 2**27  # keys that are made and committed at once while a cache is filled
 
 
 @torch.no_grad()
-def fill_cache(
-    cache: Cache,
-    driver: PolicyDriver | None,
-    config: PreTrainedConfig,
-    tokens: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-) -> None:
+def fill_cache(cached: CachedModel, tokens: int, batch: int, seed: int = 0) -> None:
     """Put `tokens` tokens of normal random keys and values into every layer, committed as a prompt's would be.
 
     The packed cache takes portions of whole blocks, so that quantizing needs little room; any other cache takes
-    everything at once.
+    everything at once. Of the model only configuration, device and dtype are needed.
     """
+    model, config, portion = cached.model, cached.model.config, tokens
     heads, dim = config.num_key_value_heads, config.head_dim
-    generator = torch.Generator(device=device).manual_seed(seed)
-    portion = tokens
-    if driver is not None:
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    if isinstance(cached.cache, PackedKVCache):
         each = config.num_hidden_layers * batch * heads * dim * 4
         portion = max(BLOCK, FILL_BYTES // each // BLOCK * BLOCK)
+    kind = {"generator": generator, "device": model.device, "dtype": model.dtype}
     for at in range(0, tokens, portion):
         n = min(portion, tokens - at)
         for layer in range(config.num_hidden_layers):
-            states = (torch.randn(batch, heads, n, dim, generator=generator, device=device, dtype=dtype) for _ in "kv")
-            cache.update(*states, layer)
-        if driver is not None:  # policies that read logits are not among the methods: these are never looked at
-            driver.observe(torch.zeros(batch, n, dtype=torch.long, device=device), torch.zeros(batch, n, 1))
+            cached.cache.update(*(torch.randn(batch, heads, n, dim, **kind) for _ in "kv"), layer)
+        # Policies that read logits are not among the methods: these are never looked at.
+        cached.observe(torch.zeros(batch, n, dtype=torch.long, device=model.device), torch.zeros(batch, n, 1))
 
 
 class AttentionRun:
@@ -81,8 +71,9 @@ class AttentionRun:
         self.method, self.tokens, self.device, self.sweeps, self.layers = method, tokens, device, sweeps, layers
         config = copy.deepcopy(shape)
         config.num_hidden_layers, config._attn_implementation = layers, PACKED_ATTENTION
-        self.cache, driver = method.open(SimpleNamespace(config=config), tokens + sweeps)
-        fill_cache(self.cache, driver, config, tokens, batch, device, dtype, seed)
+        cached = method.open(SimpleNamespace(config=config, device=device, dtype=dtype), tokens + sweeps)
+        fill_cache(cached, tokens, batch, seed)
+        self.cache = cached.cache
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True, training=False)
         generator = torch.Generator(device=device).manual_seed(seed + 1)
@@ -115,7 +106,7 @@ class AttentionRun:
 
     def measure(self) -> float:
         """Median time of a sweep in ms, for one layer."""
-        times = [timed(self.device, lambda step=step: self.sweep(step)) for step in range(self.sweeps)]
+        times = [timed(self.device, self.sweep, step)[1] for step in range(self.sweeps)]
         if self.mask is not None:
             self.mask.zero_()
         if self.method.attend != "sdpa":
@@ -159,44 +150,37 @@ class DecodeRun:
         prompt: bool = False,
         seed: int = 0,
     ):
-        self.model, self.device = model, model.device
+        self.device = model.device
         self.before, self.peak = allocated_bytes(self.device), None
-        self.cache, self.driver = method.open(model, tokens + (1 + rounds) * BLOCK)
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, model.config.vocab_size, (batch, tokens + BLOCK), generator=generator)
-        self.ids = ids.to(self.device)
+        self.cached = method.open(model, tokens + (1 + rounds) * BLOCK)
+        self.ids = _random_ids(model, batch, tokens + BLOCK, seed)
         if prompt:
-            self._read(self.ids[:, :tokens])
+            self.cached.read(self.ids[:, :tokens], keep=1)
         else:
-            fill_cache(self.cache, self.driver, model.config, tokens, batch, self.device, model.dtype, seed)
+            fill_cache(self.cached, tokens, batch, seed)
         reset_peak(self.device)
         self._decode()  # first-use costs, and buffers that grow for the first token, are not a step's
 
-    @torch.no_grad()
-    def _read(self, ids: torch.Tensor) -> None:
-        logits = self.model(input_ids=ids, cache=self.cache, logits_to_keep=1).logits
-        if self.driver is not None:
-            self.driver.observe(ids, logits)
-
     def _decode(self) -> None:
         for step in range(BLOCK):
-            self._read(self.ids[:, -1 - step, None])
+            self.cached.read(self.ids[:, -1 - step, None], keep=1)
 
     def measure(self) -> float:
         """Mean time of a step in ms over the round, commits included."""
-        elapsed = timed(self.device, self._decode) / BLOCK
+        elapsed = timed(self.device, self._decode)[1] / BLOCK
         if self.peak is None:  # later rounds would count what other runs hold
             self.peak = peak_allocated(self.device) - self.before
         return elapsed
 
     def facts(self) -> dict[str, float]:
         """Bytes held, and the most that was held while decoding beyond the model (CUDA; elsewhere the bytes held)."""
-        held = stored_bytes(self.cache)
+        cache, held = self.cached.cache, stored_bytes(self.cached.cache)
+        peak = self.peak if self.device.type == "cuda" else held
         return {
             "stored_bytes": held,
-            "peak_bytes": self.peak if self.device.type == "cuda" else held,
-            "live_bytes": live_bytes(self.cache),
-            "code_bits": code_bits(self.cache),
+            "peak_bytes": peak,
+            "live_bytes": live_bytes(cache),
+            "code_bits": code_bits(cache),
         }
 
 
@@ -205,15 +189,19 @@ class PrefillRun(DecodeRun):
 
     def __init__(self, method: BenchmarkMethod, model: PreTrainedModel, tokens: int, batch: int, seed: int = 0):
         self.method, self.model, self.device = method, model, model.device
-        generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator).to(self.device)
+        self.ids = _random_ids(model, batch, tokens, seed)
 
     def measure(self) -> float:
         """Time of the forward and of the commit, in ms."""
-        self.cache = self.driver = None
+        self.cached = None
         self.before = allocated_bytes(self.device)
         reset_peak(self.device)
-        self.cache, self.driver = self.method.open(self.model, self.ids.shape[1] + 1)
-        elapsed = timed(self.device, lambda: self._read(self.ids))
+        self.cached = self.method.open(self.model, self.ids.shape[1] + 1)
+        elapsed = timed(self.device, self.cached.read, self.ids, 1)[1]
         self.peak = peak_allocated(self.device) - self.before
         return elapsed
+
+
+def _random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)

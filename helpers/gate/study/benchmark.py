@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.evaluation.bootstrap import bootstrap_ratio
 from helpers.gate.gate import EntropyGate
+from helpers.gate.study.baselines import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
 from helpers.gate.study.parts import ideal_with_prompt, time_parts
 from helpers.gate.study.summaries import speed_against_ideal, summarise_methods
@@ -28,11 +28,7 @@ from helpers.models.presets import PRESETS
 from helpers.models.shapes import random_model
 
 EMBEDDED = PRESETS["embedded"]
-
-
 FOLDER = ROOT / "data" / "benchmarks"
-
-
 PAIRS = {
     "embedded": (EMBEDDED.gate_small, EMBEDDED.gate_large),
     "SmolLM-135M+360M": ("SmolLM-135M", "SmolLM-360M"),
@@ -41,7 +37,7 @@ PAIRS = {
 
 
 @dataclass
-class BlindGate(EntropyGate):
+class FixedShareGate(EntropyGate):
     """Fires at a share `usage` of the tokens whatever the signal says, and at the same ones in every run of a text."""
 
     threshold: float = 0.0
@@ -54,32 +50,30 @@ class BlindGate(EntropyGate):
 
 @dataclass(frozen=True)
 class GateBenchmark:
-    """What is timed: `prompts` texts of `prompt_tokens` tokens, `new_tokens` written on each, medians of `rounds`."""
+    """What is timed."""
 
-    pair: str = "SmolLM-135M+360M"
-    usage: float = 0.2
-    prompts: int = 5
-    prompt_tokens: int = 32
-    new_tokens: int = 50
-    rounds: int = 3
-    dtype: str | None = None  # by default what suits the device
-    seed: int = 0
+    pair: str = "SmolLM-135M+360M"  # embedded, SmolLM-135M+360M or SmolLM-135M+1.7B
+    usage: float = 0.2  # share of the tokens that the large model writes
+    prompts: int = 5  # number of prompts
+    prompt_tokens: int = 32  # tokens of each prompt
+    new_tokens: int = 50  # tokens written on each prompt
+    rounds: int = 3  # runs of each prompt, of which the median counts
+    dtype: str | None = None  # float32, float16 or bfloat16 instead of what suits the device
+    seed: int = 0  # of the random weights
 
     def __post_init__(self):
         if self.pair not in PAIRS:
             raise ValueError(f"pair must be one of {', '.join(PAIRS)}, got {self.pair!r}")
         if not 0 < self.usage < 1:
             raise ValueError(f"usage must be a share between 0 and 1, got {self.usage}")
-        for name in ("prompts", "prompt_tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.new_tokens < 2:
-            raise ValueError(f"new_tokens must be 2 or more, got {self.new_tokens}")
+        for name, least in (("prompts", 1), ("prompt_tokens", 1), ("rounds", 1), ("new_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.dtype not in (None, "float32", "float16", "bfloat16"):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {self.dtype!r}")
 
 
-def load_pair(settings: GateBenchmark) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+def load_benchmark_pair(settings: GateBenchmark) -> Pair:
     """Both models of a pair; random ones get the embedded tokenizer, whose tokens are a part of theirs."""
     device, dtype = choose_device()
     dtype = getattr(torch, settings.dtype) if settings.dtype else dtype
@@ -91,9 +85,9 @@ def load_pair(settings: GateBenchmark) -> tuple[PreTrainedModel, PreTrainedModel
     return *(use_onednn_linear(model) for model in models), tokenizer
 
 
-def run(settings: GateBenchmark, pair: tuple | None = None) -> dict[str, object]:
-    """Time one pair (made by `load_pair` unless given): figures, parts and settings, as they are written."""
-    small, large, tokenizer = pair or load_pair(settings)
+def time_gate(settings: GateBenchmark) -> dict[str, object]:
+    """Time one pair: figures, parts and settings, as they are written."""
+    small, large, tokenizer = pair = load_benchmark_pair(settings)
     ids = [tokenizer(each.article)["input_ids"] for each in load_articles(EMBEDDED.articles)]
     texts = [text[: settings.prompt_tokens] for text in ids if len(text) >= settings.prompt_tokens][: settings.prompts]
     if len(texts) < settings.prompts:
@@ -101,33 +95,33 @@ def run(settings: GateBenchmark, pair: tuple | None = None) -> dict[str, object]
             f"only {len(texts)} prompts have {settings.prompt_tokens} tokens, asked for {settings.prompts}"
         )
     prompts = [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
-    gate = BlindGate(usage=settings.usage)
+    gate = FixedShareGate(usage=settings.usage)
     table = evaluate_gate(
-        small, large, tokenizer, prompts, prompts, gate, settings.new_tokens, methods=(GATED, LARGE, SMALL),
-        repeats=settings.rounds, stop_at_end=False,
+        pair, prompts, prompts, gate, settings.new_tokens, methods=(GATED, LARGE, SMALL), repeats=settings.rounds,
+        stop_at_end=False,
     )  # fmt: skip
-    summary = summarise_methods(table)
+    summary, speed = summarise_methods(table), speed_against_ideal(table)
     wide = table.pivot(index="prompt", columns="method", values="seconds")
-    speed = speed_against_ideal(table)
     speed["speedup_low"], speed["speedup_high"] = bootstrap_ratio(wide[LARGE], wide[GATED])[1:]
-    parts = time_parts(small, large, tokenizer, prompts, gate, settings.new_tokens, settings.rounds)
+    parts = time_parts(pair, prompts, gate, settings.new_tokens, settings.rounds)
     with_prompt = ideal_with_prompt(speed, parts)
-    weights = {name: sum(p.numel() for p in model.parameters()) for name, model in ((SMALL, small), (LARGE, large))}
-    figures = speed | {"ideal_with_prompt": with_prompt, "share_with_prompt": speed["speedup"] / with_prompt}
+    speed |= {"ideal_with_prompt": with_prompt, "share_with_prompt": speed["speedup"] / with_prompt}
     return {
         "settings": asdict(settings),
-        "weights": weights,
+        "weights": {
+            name: sum(p.numel() for p in model.parameters()) for name, model in ((SMALL, small), (LARGE, large))
+        },
         "dtype": str(large.dtype).removeprefix("torch."),
         "ms_per_token": summary["ms_per_token"].to_dict(),
         "first_token_ms": (1000 * summary["first_token_seconds"]).to_dict(),
-        "speed": {name: float(value) for name, value in figures.items()},
+        "speed": {name: float(value) for name, value in speed.items()},
         "parts": {name: float(value) for name, value in parts.items()},
     }
 
 
-def report(settings: GateBenchmark, out: str | Path | None = None) -> dict[str, object]:
+def run_gate_benchmark(settings: GateBenchmark, out: str | Path | None = None) -> dict[str, object]:
     """Time a pair, print the figures and write them to `data/benchmarks/gate_<pair>.json` (or `out`; "-": nowhere)."""
-    result = run(settings) | {"provenance": provenance()}
+    result = time_gate(settings) | {"provenance": provenance()}
     print(f"{settings.pair}, {result['dtype']}, {settings.prompt_tokens} + {settings.new_tokens} tokens")
     for title, key, digits in (("ms per token", "ms_per_token", 2), ("speed", "speed", 3), ("parts", "parts", 3)):
         print(f"{title}: " + ", ".join(f"{name} {value:.{digits}f}" for name, value in result[key].items()))

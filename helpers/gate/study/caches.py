@@ -1,23 +1,21 @@
 """The gate with packed caches under its large model."""
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers import PreTrainedTokenizerBase
 
 from helpers.cache.accounting import live_bytes
-from helpers.evaluation.rouge import rouge_scores
+from helpers.evaluation.rouge import Rouge
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import end_tokens
-from helpers.gate.reader import CacheFactory
-from helpers.gate.study.baselines import plain_generate
+from helpers.gate.reading import CacheFactory
+from helpers.gate.study.baselines import Pair, plain_generate
+from helpers.gate.study.evaluation import fidelity
 from helpers.policies.driver import PolicyDriver
 
 
 def evaluate_large_caches(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: Pair,
     prompts: list[str],
     gate: EntropyGate,
     caches: dict[str, CacheFactory],
@@ -29,22 +27,17 @@ def evaluate_large_caches(
     `usage`, `tokens`, `fidelity` to the large model alone in full precision, `cache_tokens` and `live_bytes` of the
     large model's cache at the end.
     """
-    large_tokenizer, ends = large_tokenizer or tokenizer, end_tokens(small, large)
+    small, large, tokenizer = pair
+    large_tokenizer, rouge = large_tokenizer or tokenizer, Rouge(keep_in_memory=True)
     settings = {"max_new_tokens": max_new_tokens, "large_tokenizer": large_tokenizer}
-    made: list[Cache | PolicyDriver] = []
     rows = []
     for i, prompt in enumerate(prompts):
-        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=ends).text
+        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=end_tokens(small, large))
         for name, factory in caches.items():
-
-            def keep(model, factory=factory):
-                made[:] = [factory(model)]
-                return made[0]
-
-            result = gated_generate(small, large, tokenizer, prompt, gate, large_cache=keep, **settings)
-            cache = made[0].cache if isinstance(made[0], PolicyDriver) else made[0]
-            fidelity = float(rouge_scores([result.text], [alone])["rougeL"][0])
+            made = factory(large)
+            result = gated_generate(*pair, prompt, gate, large_cache=lambda model, made=made: made, **settings)
+            cache = made.cache if isinstance(made, PolicyDriver) else made
             row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
-            row |= {"fidelity": fidelity, "cache_tokens": cache.get_seq_length(), "live_bytes": live_bytes(cache)}
-            rows.append(row)
+            row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "cache_tokens": cache.get_seq_length()}
+            rows.append(row | {"live_bytes": live_bytes(cache)})
     return pd.DataFrame(rows)

@@ -1,32 +1,29 @@
 """What a gate gains and costs, on prompts: against the large model alone, the small one, and assisted generation.
 
-Every method writes on the same prompts, up to the same length, in one interleaved run. `ROUGE` is against the
-reference texts, `fidelity` is ROUGE-L against what the large model writes itself.
+Every method writes on the same prompts, up to the same length, in one interleaved run. ROUGE is against the reference
+texts; *fidelity* is ROUGE-L against what the large model writes itself: 1 where the gate changes nothing.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from helpers.evaluation.rouge import rouge_scores
+from helpers.evaluation.rouge import Rouge
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import end_tokens
-from helpers.gate.study.baselines import assisted_generate, plain_generate
+from helpers.gate.study.baselines import Pair, assisted_generate, plain_generate
 from helpers.gate.text import LARGE, SMALL, Generated
 
 GATED, NAIVE, ASSISTED = "gated", "large, no cache", "assisted"
-
-
 METHODS = (GATED, LARGE, SMALL, NAIVE, ASSISTED)
 
 
 def evaluate_gate(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: Pair,
     prompts: list[str],
     references: list[str],
     gate: EntropyGate | dict[str, EntropyGate],
@@ -53,58 +50,76 @@ def evaluate_gate(
         raise ValueError(f"prompts and references must be as many, got {len(prompts)} and {len(references)}")
     if taken := set(gates) & set(METHODS) - {GATED}:
         raise ValueError(f"a gate cannot have the name of another method: {', '.join(sorted(taken))}")
-    methods = [name for method in methods for name in (gates if method == GATED else [method])]
-    large_tokenizer, ends = large_tokenizer or tokenizer, end_tokens(small, large)
-    plain = {"stop_at_end": stop_at_end, "ends": ends}
-
-    def run(method: str, prompt: str, tokens: int) -> Generated:
-        if method in gates:
-            settings = {"large_tokenizer": large_tokenizer, "stop_at_end": stop_at_end}
-            return gated_generate(small, large, tokenizer, prompt, gates[method], tokens, **settings)
-        if method == SMALL:
-            return plain_generate(small, tokenizer, prompt, tokens, author=SMALL, **plain)
-        if method == ASSISTED:
-            return assisted_generate(small, large, large_tokenizer, prompt, tokens, stop_at_end)
-        return plain_generate(large, large_tokenizer, prompt, tokens, use_cache=method == LARGE, **plain)
-
-    for method in methods:
-        if isinstance(gates.get(method), OnlineTracker):
-            continue  # it must not learn from the warm-up
-        run(method, prompts[0], min(8, max_new_tokens))
-    tables = []
+    runs = _runs(pair, gates, methods, large_tokenizer or pair[2], stop_at_end)
+    for method, run in runs.items():
+        if not isinstance(gates.get(method), OnlineTracker):  # it must not learn from the warm-up
+            run(prompt=prompts[0], max_new_tokens=min(8, max_new_tokens))
+    order, rouge, tables = list(runs), Rouge(keep_in_memory=True), []
     for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-        results: dict[str, list[Generated]] = {method: [] for method in methods}
+        results: dict[str, list[Generated]] = {method: [] for method in runs}
         for turn in range(repeats):
-            at = (i + turn) % len(methods)
-            for method in (*methods[at:], *methods[:at]):
-                results[method].append(run(method, prompt, max_new_tokens))
-        rows = [_row(i, method, results[method], reference, results.get(LARGE)) for method in methods]
-        tables.append(pd.DataFrame(rows))
+            at = (i + turn) % len(order)
+            for method in (*order[at:], *order[:at]):
+                results[method].append(runs[method](prompt=prompt, max_new_tokens=max_new_tokens))
+        tables.append(_rows(i, results, reference, rouge))
         if on_prompt:
             on_prompt(tables[-1])
     return pd.concat(tables, ignore_index=True)
 
 
-def _row(prompt: int, method: str, results: list[Generated], reference: str, large: list[Generated] | None) -> dict:
-    last = results[-1]
-    scores = {name: float(score[0]) for name, score in rouge_scores([last.text], [reference]).items()}
-    fidelity, prefix = float("nan"), float("nan")
-    if large:
-        fidelity = float(rouge_scores([last.text], [large[-1].text])["rougeL"][0])
-        same = [own == theirs for own, theirs in zip(last.token_ids, large[-1].token_ids, strict=False)]
-        prefix = same.index(False) if False in same else len(same)
-    return {
-        "prompt": prompt,
-        "method": method,
-        "tokens": len(last.token_ids),
-        "seconds": statistics.median(result.seconds for result in results),
-        "first_token_seconds": statistics.median(result.first_token_seconds for result in results),
-        "usage": last.usage,
-        "large_calls": last.large_calls,
-        "rollbacks": last.rollbacks,
-        "discarded": last.discarded,
-        **scores,
-        "fidelity": fidelity,
-        "shared_prefix": prefix,
-        "text": last.text,
+def _runs(
+    pair: Pair,
+    gates: dict[str, EntropyGate],
+    methods: Sequence[str],
+    large_tokenizer: PreTrainedTokenizerBase,
+    stop_at_end: bool,
+) -> dict[str, Callable[..., Generated]]:
+    """By name, what writes a text when called with `prompt` and `max_new_tokens`."""
+    small, large, tokenizer = pair
+    plain = partial(plain_generate, ends=end_tokens(small, large) if stop_at_end else set())
+    gated = partial(gated_generate, *pair, large_tokenizer=large_tokenizer, stop_at_end=stop_at_end)
+    groups = {
+        GATED: {name: partial(gated, gate=gate) for name, gate in gates.items()},
+        LARGE: {LARGE: partial(plain, large, large_tokenizer)},
+        SMALL: {SMALL: partial(plain, small, tokenizer, author=SMALL)},
+        NAIVE: {NAIVE: partial(plain, large, large_tokenizer, use_cache=False)},
+        ASSISTED: {ASSISTED: partial(assisted_generate, small, large, large_tokenizer, stop_at_end=stop_at_end)},
     }
+    return {name: run for method in methods for name, run in groups[method].items()}
+
+
+def _rows(prompt: int, results: dict[str, list[Generated]], reference: str, rouge: Rouge) -> pd.DataFrame:
+    """The rows of one prompt, from the runs of each method; what was written is that of the last."""
+    last = {method: runs[-1] for method, runs in results.items()}
+    large, texts = last.get(LARGE), [result.text for result in last.values()]
+    rows = [
+        {
+            "prompt": prompt,
+            "method": method,
+            "tokens": len(result.token_ids),
+            "seconds": statistics.median(run.seconds for run in results[method]),
+            "first_token_seconds": statistics.median(run.first_token_seconds for run in results[method]),
+            "usage": result.usage,
+            "large_calls": result.large_calls,
+            "rollbacks": result.rollbacks,
+            "discarded": result.discarded,
+        }
+        for method, result in last.items()
+    ]
+    scores = rouge.compute(predictions=texts, references=[reference] * len(texts), average=False)
+    return pd.DataFrame(rows).assign(
+        **scores,
+        fidelity=fidelity(texts, large.text, rouge) if large else float("nan"),
+        shared_prefix=[_shared_prefix(result, large) for result in last.values()] if large else float("nan"),
+        text=texts,
+    )
+
+
+def fidelity(texts: list[str], large: str, rouge: Rouge) -> list[float]:
+    """ROUGE-L of each text against what the large model writes alone."""
+    return rouge.compute(predictions=texts, references=[large] * len(texts), average=False)["rougeL"]
+
+
+def _shared_prefix(result: Generated, large: Generated) -> int:
+    same = [own == theirs for own, theirs in zip(result.token_ids, large.token_ids, strict=False)]
+    return same.index(False) if False in same else len(same)

@@ -13,44 +13,45 @@ from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate
 from helpers.gate.prompts import check_same_tokens
+from helpers.gate.study.baselines import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
 from helpers.gate.study.sweep import gains_over_random, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL
-from helpers.io.atomic import atomic_path
 from helpers.io.paths import relative_to_root
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
+from helpers.io.results import write_table
 from helpers.models.items import load_multiple_choice, sample_texts
 from helpers.models.loading import load_model
 from helpers.models.presets import Preset
 
 COLUMNS = ["story", "words", "method", "tokens", "usage", "rougeL", "fidelity", "shared_prefix"]
-
-
 MEASURES = ("fidelity", "shared_prefix", "rougeL")
-
-
 REST = 20  # words that a story must have beyond a cut
 
 
 @dataclass(frozen=True)
 class FidelitySettings:
-    """Which prompts and which gates: `cuts` in words, `rollback` in bits, at most `stories` of each split."""
+    """Which prompts and which gates."""
 
-    signals: tuple[str, ...] = ("entropy", "max_prob", "margin", "rollback", "oracle")
-    usages: tuple[float, ...] = (0.1, 0.2, 0.3)
-    at: float = 0.2
-    cuts: tuple[int, ...] = (30, 60, 90)
-    random_seeds: int = 5
-    rollback: float = 6.0
-    stories: int = 57
-    max_new_tokens: int = 50
-    seed: int = 0
+    signals: tuple[str, ...] = (
+        "entropy",
+        "max_prob",
+        "margin",
+        "rollback",
+        "oracle",
+    )  # names of signals; "rollback" is entropy with a rollback
+    usages: tuple[float, ...] = (0.1, 0.2, 0.3)  # shares of the tokens that the large model is to write
+    at: float = 0.2  # the usage at which signals are compared
+    cuts: tuple[int, ...] = (30, 60, 90)  # words after which stories are cut
+    random_seeds: int = 5  # seeds of the random control
+    rollback: float = 6.0  # surprisal in bits above which the signal "rollback" takes tokens back
+    stories: int = 57  # stories of each split at most
+    max_new_tokens: int = 50  # tokens written on each prompt
+    seed: int = 0  # of the choice of stories
 
     def __post_init__(self):
         if self.at not in self.usages:
@@ -73,40 +74,24 @@ def cut_stories(stories: list[str], cuts: tuple[int, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fidelity_gates(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    settings: FidelitySettings,
-    **generation,
-) -> dict[str, EntropyGate]:
+def fidelity_gates(pair: Pair, prompts: list[str], settings: FidelitySettings, **generation) -> dict[str, EntropyGate]:
     """Gates of every signal at every usage, tuned on `prompts`, by the name "signal usage"; random ones by seed too."""
-    gates = {}
-    tokens = settings.max_new_tokens
+    gates, tokens = {}, settings.max_new_tokens
     for usage in settings.usages:
-        for signal in settings.signals:
-            name, rollback = f"{signal} {usage:g}", None
-            if signal == "rollback":
-                signal, rollback = "entropy", settings.rollback
-            gate = threshold_on_gated_text(
-                small, large, tokenizer, prompts, signal, usage, tokens, passes=1, **generation
-            )
-            if signal != "oracle":
+        for name in settings.signals:
+            signal, rollback = ("entropy", settings.rollback) if name == "rollback" else (name, None)
+            gate = threshold_on_gated_text(pair, prompts, signal, usage, tokens, passes=1, **generation)
+            if not gate.signal.needs_large:
                 gate = EntropyGate(gate.threshold, signal, rollback)
-                gate = correct_by_bisection(
-                    small, large, tokenizer, prompts, gate, usage, tokens, rounds=3, **generation
-                )
-            gates[name] = gate
+                gate = correct_by_bisection(*pair, prompts, gate, usage, tokens, rounds=3, **generation)
+            gates[f"{name} {usage:g}"] = gate
         for seed in range(settings.random_seeds if usage == settings.at else 1):
             gates[f"random {usage:g} seed {seed}"] = EntropyGate(1 - usage, "random", seed=seed)
     return gates
 
 
 def measure_fidelity(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: Pair,
     folds: tuple[list[str], list[str]],
     settings: FidelitySettings,
     large_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -119,15 +104,14 @@ def measure_fidelity(
     """
     cut = [cut_stories(stories, settings.cuts) for stories in folds]
     middle = sorted(settings.cuts)[len(settings.cuts) // 2]
-    generation = {"large_tokenizer": large_tokenizer}
     tables, fold_gates = [], []
     for fold, own in enumerate(cut):
         other = cut[1 - fold]
         tuning = other.loc[other["words"] == middle, "prompt"].tolist() or other["prompt"].tolist()
-        gates = fidelity_gates(small, large, tokenizer, tuning, settings, **generation)
+        gates = fidelity_gates(pair, tuning, settings, large_tokenizer=large_tokenizer)
         table = evaluate_gate(
-            small, large, tokenizer, own["prompt"].tolist(), own["rest"].tolist(), gates, settings.max_new_tokens,
-            methods=(GATED, LARGE, SMALL), on_prompt=lambda rows: progress(1), **generation,
+            pair, own["prompt"].tolist(), own["rest"].tolist(), gates, settings.max_new_tokens, large_tokenizer,
+            methods=(GATED, LARGE, SMALL), on_prompt=lambda rows: progress(1),
         )  # fmt: skip
         table = table.join(own[["story", "words"]], on="prompt")
         table["story"] += fold * len(folds[0])
@@ -137,9 +121,9 @@ def measure_fidelity(
 
 
 def summarise_fidelity(table: pd.DataFrame, gates: dict[str, EntropyGate], at: float = 0.2) -> pd.DataFrame:
-    """One row a measure and signal: its `gain` over random at usage `at` and mean `gain` between the usages.
+    """One row a measure and signal: its `gain` over random at usage `at`, see `gains_over_random`.
 
-    As `gate_sweep.gains_over_random`, paired over prompts, with whole stories resampled.
+    Paired over prompts, with whole stories resampled.
     """
     prompts = table.assign(prompt=table["story"] * 1000 + table["words"])
     stories = prompts.groupby("prompt")["story"].first().to_numpy()
@@ -160,18 +144,16 @@ def report_fidelity(
         folds.append(sample_texts(items, min(settings.stories, len(items)), settings.seed))
     prompts = sum(len(cut_stories(stories, settings.cuts)) for stories in folds)
     with tqdm(total=prompts) as bar:
-        table, gates = measure_fidelity(small, large, tokenizer, tuple(folds), settings, large_tokenizer, bar.update)
+        table, gates = measure_fidelity((small, large, tokenizer), folds, settings, large_tokenizer, bar.update)
     summary = summarise_fidelity(table, gates[0], settings.at)
     means = table.groupby("method", sort=False)[["usage", "fidelity", "shared_prefix", "rougeL"]].mean()
     print(means.round(4).to_string())
     print(f"\nOver a random gate at {settings.at:.0%} usage, {prompts} prompts of {sum(map(len, folds))} stories:")
     print(summary.round(4).to_string())
-    out = Path(out or preset.data_dir / "gate_fidelity.csv")
-    for path, content in ((out, table), (out.with_name(f"{out.stem}_gains.csv"), summary.reset_index())):
-        with atomic_path(path) as temporary:
-            content.to_csv(temporary, index=False, float_format="%.4g")
     names = {"small": preset.gate_small, "large": preset.gate_large, "texts": preset.multiple_choice}
     thresholds = [{name: gate.threshold for name, gate in fold.items()} for fold in gates]
     about = {"preset": preset.name} | {key: relative_to_root(source) for key, source in names.items()}
-    write_json(out.with_suffix(".json"), about | asdict(settings) | {"thresholds": thresholds} | provenance())
+    out = Path(out or preset.data_dir / "gate_fidelity.csv")
+    write_table(out, table, about | asdict(settings) | {"thresholds": thresholds}, float_format="%.4g")
+    write_table(out.with_name(f"{out.stem}_gains.csv"), summary.reset_index(), float_format="%.4g")
     return table, summary

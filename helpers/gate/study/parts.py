@@ -1,15 +1,15 @@
 """Where a gated token's time goes."""
 
-import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
-from helpers.gate.study.baselines import plain_generate
+from helpers.gate.study.baselines import Pair, plain_generate
 from helpers.gate.study.evaluation import GATED
 from helpers.gate.text import LARGE, SMALL
 from helpers.policies.decoding import synchronise
@@ -42,13 +42,7 @@ class ForwardTimes:
 
 
 def time_parts(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    gate: EntropyGate,
-    max_new_tokens: int = 50,
-    rounds: int = 3,
+    pair: Pair, prompts: Sequence[str], gate: EntropyGate, max_new_tokens: int = 50, rounds: int = 3
 ) -> dict[str, float]:
     """Where a gated token's time goes, in units of the large model's time per token: the parts add up to 1 / speed-up.
 
@@ -57,42 +51,33 @@ def time_parts(
     prompts) and `large_step_alone` (one token, all in the same unit); `catch_up` is the mean surcharge e of a later
     forward over one token alone, so that `large_later` is about usage x (1 + e).
     """
-    settings = {"max_new_tokens": max_new_tokens, "stop_at_end": False}
+    small, large, tokenizer = pair
+    plain = partial(plain_generate, max_new_tokens=max_new_tokens, ends=set())
     runs = {
-        GATED: lambda prompt: gated_generate(small, large, tokenizer, prompt, gate, **settings),
-        LARGE: lambda prompt: plain_generate(large, tokenizer, prompt, author=LARGE, **settings),
-        SMALL: lambda prompt: plain_generate(small, tokenizer, prompt, author=SMALL, **settings),
+        GATED: partial(gated_generate, *pair, gate=gate, max_new_tokens=max_new_tokens, stop_at_end=False),
+        LARGE: partial(plain, large, tokenizer),
+        SMALL: partial(plain, small, tokenizer, author=SMALL),
     }
-    parts: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for prompt in prompts:
-        measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    rows = []
+    for i, prompt in enumerate(prompts):
         for turn in range(rounds):
-            names = list(runs)[turn % 3 :] + list(runs)[: turn % 3]
-            for name in names:
+            names = list(runs)
+            for name in (*names[turn % 3 :], *names[: turn % 3]):
                 with ForwardTimes(small=small, large=large) as times:
-                    result = runs[name](prompt)
-                of_small, of_large = times.seconds["small"], times.seconds["large"]
-                measured[name].append(
-                    {
-                        "all": result.seconds,
-                        "small": sum(of_small),
-                        "prompt": sum(of_large[:1]),
-                        "later": sum(of_large[1:]),
-                        "calls": len(of_large[1:]),
-                    }
-                )
-        for name, rows in measured.items():
-            parts[name].append({key: statistics.median(row[key] for row in rows) for key in rows[0]})
-    total = {name: pd.DataFrame(rows).sum() for name, rows in parts.items()}
-    unit, gated, alone = total[LARGE]["all"], total[GATED], total[LARGE]
-    step = alone["later"] / alone["calls"]
+                    seconds = runs[name](prompt=prompt).seconds
+                first, later = times.seconds["large"][:1], times.seconds["large"][1:]
+                row = {"run": name, "prompt": i, "all": seconds, "small": sum(times.seconds["small"])}
+                rows.append(row | {"first": sum(first), "later": sum(later), "calls": len(later)})
+    total = pd.DataFrame(rows).groupby(["run", "prompt"]).median().groupby("run").sum()
+    gated, alone = total.loc[GATED], total.loc[LARGE]
+    unit, step = alone["all"], alone["later"] / alone["calls"]
     return {
         "small": gated["small"] / unit,
-        "large_prompt": gated["prompt"] / unit,
+        "large_prompt": gated["first"] / unit,
         "large_later": gated["later"] / unit,
-        "loop": (gated["all"] - gated["small"] - gated["prompt"] - gated["later"]) / unit,
-        "small_alone": total[SMALL]["all"] / unit,
-        "large_prompt_alone": alone["prompt"] / unit,
+        "loop": (gated["all"] - gated["small"] - gated["first"] - gated["later"]) / unit,
+        "small_alone": total.loc[SMALL, "all"] / unit,
+        "large_prompt_alone": alone["first"] / unit,
         "large_step_alone": step * max_new_tokens * len(prompts) / unit,
         "catch_up": gated["later"] / gated["calls"] / step - 1 if gated["calls"] else float("nan"),
     }

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.prompts import prompt_ids
 from helpers.models.articles import Article
+from helpers.models.tokens import context_length
 
 
 def fit_prompts(
@@ -19,7 +20,7 @@ def fit_prompts(
     """Articles as prompts, cut from the end where they would not fit any of the models, and how many were cut."""
     room = max_prompt_tokens
     for model, tokenizer in readers:
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or room
+        limit = context_length(model) or room
         frame = len(prompt_ids(tokenizer, template.format(article=".")))
         # Tokens at a cut may join differently than in the whole text: 8 to spare.
         room = min(room, limit - max_new_tokens - frame - 8)

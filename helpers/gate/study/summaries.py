@@ -35,7 +35,7 @@ def speed_against_ideal(table: pd.DataFrame, method: str = GATED) -> dict[str, f
     return {"usage": usage, "cost_ratio": cost_ratio, "speedup": speedup, "ideal": ideal, "share": speedup / ideal}
 
 
-def compare(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
+def paired_intervals(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     """Paired bootstrap over prompts, each (value, low, high) at 95%.
 
     Per method M: `speedup vs M`, ratio of mean times per token of M and the gate; against the large model
@@ -74,7 +74,7 @@ def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.Da
             f"{of}_{side}": found[at] for of, found in intervals.items() for at, side in ((1, "low"), (2, "high"))
         }
         rows.append(
-            {"signal": gate.signal, "threshold": gate.threshold}
+            {"signal": gate.signal.name, "threshold": gate.threshold}
             | speed
             | own[["fidelity", *ROUGE_TYPES]].mean().to_dict()
             | bounds

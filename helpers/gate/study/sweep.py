@@ -1,26 +1,22 @@
 """One signal against another: gates at several usages, and how far their curves lie above the random control's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.evaluation.bootstrap import bootstrap_groups
 from helpers.gate.correction import measure_usage
 from helpers.gate.gate import EntropyGate
-from helpers.gate.signals import SIGNALS
-from helpers.gate.study.evaluation import GATED, evaluate_gate
-from helpers.gate.study.summaries import summarise_gates
+from helpers.gate.signals import SIGNALS, Signal
+from helpers.gate.study.baselines import Pair
 from helpers.gate.text import LARGE, SMALL
 
 
 def threshold_on_gated_text(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: Pair,
     prompts: list[str],
-    signal: str,
+    signal: str | Signal,
     usage: float,
     max_new_tokens: int = 50,
     passes: int = 2,
@@ -28,68 +24,34 @@ def threshold_on_gated_text(
 ) -> EntropyGate:
     """The gate at the percentile 100 (1 - usage) of the signal on the text that the gate itself writes.
 
-    Begins with the small model's text and repeats with the gated one, `passes` times in all.
+    Begins with the small model's text and repeats with the gated one, `passes` times in all. Usage elsewhere is near
+    the target but not it; the oracle cannot fire more often than the models differ.
     """
     gate = EntropyGate(-np.inf if usage == 1 else np.inf, signal)
-    for _ in range(passes if 0 < usage < 1 else 0):
-        _, signals = measure_usage(small, large, tokenizer, prompts, gate, max_new_tokens, **settings)
-        threshold = float(np.quantile(signals, 1 - usage))
-        gate = EntropyGate(max(0.0, threshold) if signal == "oracle" else threshold, signal)
+    if usage in (0, 1):
+        return gate
+    if gate.signal.uniform:
+        return EntropyGate(1 - usage, signal)
+    for _ in range(passes):
+        _, signals = measure_usage(*pair, prompts, gate, max_new_tokens, **settings)
+        gate = EntropyGate(float(np.quantile(signals, 1 - usage)), signal)
     return gate
 
 
 def sweep_gates(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: Pair,
     prompts: list[str],
     signals: Sequence[str],
     usages: Sequence[float],
     max_new_tokens: int = 50,
     **settings,
 ) -> dict[str, EntropyGate]:
-    """A gate for each signal and usage, by the name "signal usage".
-
-    Thresholds are percentiles of the signal on gated text of `prompts` (see `threshold_on_gated_text`), so that usage
-    elsewhere is near the target but not it; the oracle cannot fire more often than the models differ.
-    """
-    gates = {}
-    for signal in signals:
-        for usage in usages:
-            if signal == "random" and 0 < usage < 1:
-                gate = EntropyGate(1 - usage, signal)
-            else:
-                gate = threshold_on_gated_text(
-                    small, large, tokenizer, prompts, signal, usage, max_new_tokens, **settings
-                )
-            gates[f"{signal} {usage:g}"] = gate
-    return gates
-
-
-def sweep(
-    small: PreTrainedModel,
-    large: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    references: list[str],
-    signals: Sequence[str] = SIGNALS,
-    usages: Sequence[float] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
-    max_new_tokens: int = 50,
-    tuning_prompts: list[str] | None = None,
-    **settings,
-) -> pd.DataFrame:
-    """Quality and speed of each signal at each usage: one row a threshold, as `summarise_gates` and `target_usage`.
-
-    The gates are those of `sweep_gates`; all of them and the two models alone take turns. `settings` are those of
-    `gated_generate`, as far as `evaluate_gate` takes them.
-    """
-    gates = sweep_gates(small, large, tokenizer, tuning_prompts or prompts, signals, usages, max_new_tokens, **settings)
-    table = evaluate_gate(
-        small, large, tokenizer, prompts, references, gates, max_new_tokens, methods=(GATED, LARGE, SMALL), **settings
-    )
-    summary = summarise_gates(table, gates)
-    summary.insert(1, "target_usage", [usage for _ in signals for usage in usages])
-    return summary
+    """A gate for each signal and usage by `threshold_on_gated_text`, by the name "signal usage"."""
+    return {
+        f"{signal} {usage:g}": threshold_on_gated_text(pair, prompts, signal, usage, max_new_tokens, **settings)
+        for signal in signals
+        for usage in usages
+    }
 
 
 def gains_over_random(
@@ -110,12 +72,15 @@ def gains_over_random(
     wide = table.assign(written=table["usage"] * table["tokens"]).pivot(index="prompt", columns="method")
     groups = np.arange(len(wide)) if groups is None else groups
     grid = np.linspace(0, 1, 101)
-    arrays = {method: wide.xs(method, axis=1, level=1)[[of, "written", "tokens"]].to_numpy(float)
-              for method in (*gates, SMALL, LARGE)}  # fmt: skip
+    arrays = {
+        method: wide.xs(method, axis=1, level=1)[[of, "written", "tokens"]].to_numpy(float)
+        for method in (*gates, SMALL, LARGE)
+    }
     curves: dict[str, dict[float, list[np.ndarray]]] = {}
-    for name, gate in gates.items():
-        points = curves.setdefault(_curve_name(gate), {})
-        points.setdefault(gate.threshold, []).append(arrays[name])
+    order = list(SIGNALS)
+    for name, gate in sorted(gates.items(), key=lambda item: order.index(item[1].signal.name)):
+        label = gate.signal.name + ("" if gate.rollback is None else f", rollback {gate.rollback:g}")
+        curves.setdefault(label, {}).setdefault(gate.threshold, []).append(arrays[name])
 
     def curve(name: str, rows: np.ndarray) -> np.ndarray:
         points = [(0.0, arrays[SMALL][rows, 0].mean()), (1.0, arrays[LARGE][rows, 0].mean())]
@@ -124,20 +89,15 @@ def gains_over_random(
             points.append((written / tokens, quality))
         return np.interp(grid, *zip(*sorted(points), strict=True))
 
-    result = []
-    for name in curves:
-        if name == "random":
-            continue
-        row: dict[str, object] = {"signal": name}
-        for key, pick in (("gain", lambda d: float(np.interp(at, grid, d))), ("area", lambda d: float(d.mean()))):
-            found = bootstrap_groups(
-                lambda rows, pick=pick, name=name: pick(curve(name, rows) - curve("random", rows)), groups, resamples
-            )
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
-        result.append(row)
-    order = [signal for signal in SIGNALS if signal != "random"]
-    return pd.DataFrame(sorted(result, key=lambda row: order.index(row["signal"].split(",")[0]))).set_index("signal")
+    def distance(name: str, measure: Callable[[np.ndarray], float]) -> tuple[float, float, float]:
+        return bootstrap_groups(
+            lambda rows: float(measure(curve(name, rows) - curve("random", rows))), groups, resamples
+        )
 
-
-def _curve_name(gate: EntropyGate) -> str:
-    return gate.signal if gate.rollback is None else f"{gate.signal}, rollback {gate.rollback:g}"
+    gains = {
+        name: distance(name, lambda above: np.interp(at, grid, above)) + distance(name, np.mean)
+        for name in curves
+        if name != "random"
+    }
+    columns = ["gain", "gain_low", "gain_high", "area", "area_low", "area_high"]
+    return pd.DataFrame.from_dict(gains, orient="index", columns=columns).rename_axis("signal")

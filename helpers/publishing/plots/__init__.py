@@ -11,21 +11,7 @@ from helpers.publishing.plots.gate import (
     speedup_against_usage,
 )
 from helpers.publishing.plots.integration import bytes_over_text, kl_bars
-from helpers.publishing.plots.style import (
-    AUTHOR_LOOKS,
-    BLUE,
-    CONTROLLER_COLOURS,
-    GROUP_STYLES,
-    SIGNAL_STYLES,
-    SIZE,
-    VERMILION,
-    WIDTH_COLOURS,
-    WIDTH_INK,
-    frame,
-    heading,
-    save_figure,
-    wrapped,
-)
+from helpers.publishing.plots.style import save_figure
 from helpers.publishing.plots.tokens import tokens_by_author, tokens_by_width
 from helpers.publishing.plots.training import (
     confusion_matrices,
@@ -35,41 +21,3 @@ from helpers.publishing.plots.training import (
     reliability,
     training_curves,
 )
-
-__all__ = [
-    "AUTHOR_LOOKS",
-    "BLUE",
-    "CONTROLLER_COLOURS",
-    "GROUP_STYLES",
-    "SIGNAL_STYLES",
-    "SIZE",
-    "VERMILION",
-    "WIDTH_COLOURS",
-    "WIDTH_INK",
-    "against_length",
-    "against_usage",
-    "benchmark_figure",
-    "bytes_over_text",
-    "confusion_matrices",
-    "correlation_heat_map",
-    "entropy_against_rarity",
-    "frame",
-    "gate_choice",
-    "gate_trace",
-    "heading",
-    "importances",
-    "kl_bars",
-    "latency_bars",
-    "latency_distribution",
-    "learning_curves",
-    "pareto",
-    "rate_distortion",
-    "reliability",
-    "save_figure",
-    "signal_distributions",
-    "speedup_against_usage",
-    "tokens_by_author",
-    "tokens_by_width",
-    "training_curves",
-    "wrapped",
-]

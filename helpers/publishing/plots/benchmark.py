@@ -1,19 +1,13 @@
 """The figure of the benchmark: time against context, a panel for each kind, shape and batch of one machine."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from helpers.publishing.plots.style import GROUP_STYLES
+from helpers.publishing.plots.style import DASHES, GROUP_STYLES, errors
 
 COLUMNS_WIDE = 3
-
-
-DASHES = ("-", "--", "-.", ":", (0, (1, 4)))
-
-
 LABELS = {"attention": "attention of one layer", "decode": "decoding a token"}
 
 
@@ -35,9 +29,8 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
     looks = _looks(shown)
     for axes, ((kind, shape, batch), part) in zip(grid.flat, cases):
         for name, line in part.sort_values("context").groupby("method", sort=False):
-            errors = np.stack([line["ms"] - line["ms_low"], line["ms_high"] - line["ms"]]).clip(min=0)
-            axes.errorbar(line["context"], line["ms"], errors, markersize=4, linewidth=1.2, elinewidth=0.8,
-                          **looks[name])  # fmt: skip
+            size = {"markersize": 4, "linewidth": 1.2, "elinewidth": 0.8}
+            axes.errorbar(line["context"], line["ms"], errors(line, "ms"), **size, **looks[name])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         contexts = sorted(part["context"].unique())
@@ -63,11 +56,9 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
 
 def _looks(table: pd.DataFrame) -> dict[str, dict[str, object]]:
     """The colour and marker of each method's group; members of a group differ in dashes."""
-    looks: dict[str, dict[str, object]] = {}
-    members: dict[str, int] = {}
-    for name, group in table.drop_duplicates("method")[["method", "group"]].itertuples(index=False):
-        number = members.setdefault(group, 0)
-        members[group] += 1
+    methods = table.drop_duplicates("method")[["method", "group"]]
+    looks = {}
+    for name, group, number in methods.assign(number=methods.groupby("group").cumcount()).itertuples(index=False):
         colour, marker = GROUP_STYLES[group]
         looks[name] = {"color": colour, "marker": marker, "linestyle": DASHES[number % len(DASHES)]}
     return looks

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.quantization import WIDTHS
-from helpers.publishing.plots.style import BLUE, WIDTH_COLOURS, frame
+from helpers.publishing.plots.style import BLUE, WIDTH_COLOURS, frame, legend_beside
 
 
 def entropy_against_rarity(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
@@ -17,22 +17,20 @@ def entropy_against_rarity(table: pd.DataFrame, title: str, subtitle: str) -> Fi
     figure, axes = frame(title, subtitle)
     for bits in WIDTHS:
         part = table[table["kv_bits"] == bits]
-        label = f"{bits} bits ({len(part)})"
-        axes.scatter(part["entropy"], part["rarity"], s=10, color=WIDTH_COLOURS[bits], linewidth=0,
-                     label=label)  # fmt: skip
+        look = {"s": 10, "linewidth": 0, "color": WIDTH_COLOURS[bits], "label": f"{bits} bits ({len(part)})"}
+        axes.scatter(part["entropy"], part["rarity"], **look)
     axes.set_xlabel("entropy of the next-token distribution (nats)")
     axes.set_ylabel("rarity, -ln of token share (nats)")
-    axes.legend(title="stored at (tokens)", fontsize=8, title_fontsize=8, frameon=False, loc="center left",
-                bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+    legend_beside(axes, title="stored at (tokens)", title_fontsize=8)
     return figure
 
 
 def correlation_heat_map(table: pd.DataFrame, columns: Sequence[str], title: str, subtitle: str) -> Figure:
     """Pearson correlations of `columns`, numbers in the cells."""
     figure, axes = frame(title, subtitle, (6.0, 4.6))
-    sns.heatmap(table[list(columns)].corr(), annot=True, fmt=".2f", cmap="RdBu_r", vmin=-1, vmax=1, square=True,
-                ax=axes, annot_kws={"fontsize": 9},
-                cbar_kws={"label": "Pearson correlation", "shrink": 0.85, "pad": 0.03})  # fmt: skip
+    bar = {"label": "Pearson correlation", "shrink": 0.85, "pad": 0.03}
+    look = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 9}, "cmap": "RdBu_r", "cbar_kws": bar}
+    sns.heatmap(table[list(columns)].corr(), vmin=-1, vmax=1, square=True, ax=axes, **look)
     axes.tick_params(axis="x", rotation=30)
     axes.tick_params(axis="y", rotation=0)
     return figure
@@ -46,9 +44,8 @@ def latency_distribution(table: pd.DataFrame, block: int, title: str, subtitle: 
     shown = table.assign(step=np.where(commits, "commits a block", "does not commit"))
     order = ["does not commit", "commits a block"]
     limit = table["latency"].quantile(0.995) * 1.1
-    sns.violinplot(
-        shown, x="latency", y="step", order=order, cut=0, inner=None, width=0.6, color="#cfe1ee", linewidth=0.8, ax=axes
-    )
+    look = {"cut": 0, "inner": None, "width": 0.6, "color": "#cfe1ee", "linewidth": 0.8}
+    sns.violinplot(shown, x="latency", y="step", order=order, ax=axes, **look)
     jitter = np.random.default_rng(0)  # seaborn's own would differ from run to run
     for place, step in enumerate(order):
         part = shown.loc[shown["step"] == step, "latency"]

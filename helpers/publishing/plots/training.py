@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from helpers.cache.quantization import WIDTHS
-from helpers.publishing.plots.style import BLUE, CONTROLLER_COLOURS, VERMILION, frame, heading
+from helpers.publishing.plots.style import BLUE, CONTROLLER_COLOURS, VERMILION, bars, errors, frame, panels
 
 
 def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
@@ -28,63 +27,57 @@ def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) ->
 
 
 def learning_curves(histories: dict[str, object], title: str, subtitle: str) -> Figure:
-    """Training and validation loss of several `controller.History`, one panel each; a dot marks the kept epoch."""
-    figure, panels = plt.subplots(1, len(histories), figsize=(max(2.7 * len(histories), 4.4) + 0.6, 3.1))
-    heading(figure, title, subtitle)
-    for axes, (name, history) in zip(np.atleast_1d(panels), histories.items(), strict=True):
+    """Training and validation loss of several fits (`History`), one panel each; a dot marks the kept epoch."""
+    figure, axes = panels(title, subtitle, (max(2.7 * len(histories), 4.4) + 0.6, 3.1), len(histories))
+    for each, (name, history) in zip(axes, histories.items(), strict=True):
         colour = CONTROLLER_COLOURS.get(name, "black")
-        axes.plot(history.train, color=colour, linewidth=1.2, label="training")
-        axes.plot(history.validation, "--", color=colour, linewidth=1.2, label="held-out texts")
-        axes.plot(history.best, history.validation[history.best], "o", color=colour, markersize=5)
-        axes.set_title(name, fontsize=9, loc="left")
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(panels)[0].set_ylabel("loss")
-    np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8)
+        each.plot(history.train, color=colour, linewidth=1.2, label="training")
+        each.plot(history.validation, "--", color=colour, linewidth=1.2, label="held-out texts")
+        each.plot(history.best, history.validation[history.best], "o", color=colour, markersize=5)
+        each.set_title(name, fontsize=9, loc="left")
+        each.set_xlabel("epoch")
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[0].set_ylabel("loss")
+    axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
 def confusion_matrices(pairs: dict[str, tuple[Sequence[int], Sequence[int]]], title: str, subtitle: str) -> Figure:
     """Counts and row shares of (label, predicted) widths, one panel a controller."""
-    figure, panels = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs) + 0.4, 3.7))
-    heading(figure, title, subtitle)
-    for axes, (name, (labels, predicted)) in zip(np.atleast_1d(panels), pairs.items(), strict=True):
-        counts = np.array([[np.sum((labels == a) & (predicted == b)) for b in WIDTHS] for a in WIDTHS])
+    figure, axes = panels(title, subtitle, (3.6 * len(pairs) + 0.4, 3.7), len(pairs))
+    for each, (name, (labels, predicted)) in zip(axes, pairs.items(), strict=True):
+        counts = pd.crosstab(pd.Categorical(labels, WIDTHS), pd.Categorical(predicted, WIDTHS), dropna=False)
+        counts = counts.to_numpy()
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        text = np.array([[f"{c}\n{s:.0%}" for c, s in zip(*row, strict=True)] for row in zip(counts, shares)])
-        sns.heatmap(shares, annot=text, fmt="", cmap="Blues", vmin=0, vmax=1, square=True, cbar=False, ax=axes,
-                    xticklabels=WIDTHS, yticklabels=WIDTHS, annot_kws={"fontsize": 8.5})  # fmt: skip
-        axes.set_title(name, fontsize=9.5, loc="left")
-        axes.set_xlabel("predicted bits")
-        axes.set_ylabel("label (bits)")
+        text = np.array([f"{c}\n{s:.0%}" for c, s in zip(counts.flat, shares.flat)]).reshape(counts.shape)
+        look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "square": True, "cbar": False, "annot_kws": {"fontsize": 8.5}}
+        sns.heatmap(shares, annot=text, fmt="", xticklabels=WIDTHS, yticklabels=WIDTHS, ax=each, **look)
+        each.set_title(name, fontsize=9.5, loc="left")
+        each.set_xlabel("predicted bits")
+        each.set_ylabel("label (bits)")
     return figure
 
 
 def importances(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     """Bars of `drop` with intervals (`low`, `high`) for each `feature`, one colour a `controller`."""
-    figure, axes = frame(title, subtitle, (6.4, 0.32 * len(table) + 1.6))
-    names = [f"{row.feature}  ({row.controller})" for row in table.itertuples()]
-    errors = np.stack([table["drop"] - table["low"], table["high"] - table["drop"]])
-    colours = [CONTROLLER_COLOURS[kind] for kind in table["controller"]]
-    axes.barh(names, table["drop"], color=colours, height=0.65, xerr=errors, error_kw={"linewidth": 1})
-    axes.invert_yaxis()
+    names = table["feature"] + "  (" + table["controller"] + ")"
+    colours, reach = table["controller"].map(CONTROLLER_COLOURS), errors(table, "drop", "low", "high")
+    label, size = "loss of accuracy when the feature is shuffled (points)", (6.4, 0.32 * len(table) + 1.6)
+    figure, axes = bars(names, table["drop"], reach, colours, label, title, subtitle, size)
     axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_xlabel("loss of accuracy when the feature is shuffled (points)")
     return figure
 
 
-def reliability(panels: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8) -> Figure:
+def reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8) -> Figure:
     """Share that is right against the probability that the controller gave its choice; equal-count bins."""
     figure, axes = frame(title, subtitle, (5.2, 4.2))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    for (name, (confidence, right)), colour, marker in zip(
-        panels.items(), map(CONTROLLER_COLOURS.get, panels), "os", strict=False
-    ):
+    for (name, (confidence, right)), marker in zip(curves.items(), "os", strict=False):
         order = np.array_split(np.argsort(confidence), bins)
         points = [(confidence[i].mean(), right[i].mean(), 1.96 * right[i].std() / len(i) ** 0.5) for i in order]
         x, y, half = np.array(points).T
-        axes.errorbar(x, y, half, fmt=f"{marker}-", color=colour, markersize=5, linewidth=1.2, label=name)
+        look = {"color": CONTROLLER_COLOURS.get(name), "markersize": 5, "linewidth": 1.2, "label": name}
+        axes.errorbar(x, y, half, fmt=f"{marker}-", **look)
     axes.set_xlabel("probability of the chosen width")
     axes.set_ylabel("share that matches the label")
     axes.legend(frameon=False, fontsize=8.5)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from helpers.evaluation.benchmark.results import QUANTITIES, paired_ratio
+from helpers.evaluation.benchmark.results import paired_ratio
+
+QUANTITIES = {
+    "speed-up": "times as fast as",
+    "time": "of the time of",
+    "peak memory": "of the peak memory of",
+    "bandwidth": "of the bandwidth of a copy",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Target:
 
     @property
     def text(self) -> str:
-        """The bar in words."""
+        """The target in words."""
         other = "" if self.quantity == "bandwidth" else f" {self.against}"
         rows = f", batch {self.batch}" if self.batch > 1 else ""
         return (
@@ -59,42 +66,38 @@ CUDA_TARGETS = (
 )
 
 
-def check_targets(table: pd.DataFrame, bars: Sequence[Target]) -> pd.DataFrame:
-    """Each of `bars` against one machine's measurements (columns `COLUMNS`).
+def check_targets(table: pd.DataFrame, targets: Sequence[Target]) -> pd.DataFrame:
+    """Each of `targets` against one machine's measurements (columns `COLUMNS`).
 
-    Columns `bar`, `limit`, `measured` with `low` and `high` where the quantity is a time, and `result`: "met",
+    Columns `target`, `limit`, `measured` with `low` and `high` where the quantity is a time, and `result`: "met",
     "missed" or "not measured".
     """
     rows = []
-    for bar in bars:
-        measured, low, high = _measure(table, bar)
+    for target in targets:
+        measured, low, high = _measure(table, target)
         result = "not measured"
         if not np.isnan(measured):
-            result = "met" if (measured >= bar.limit if bar.at_least else measured <= bar.limit) else "missed"
-        row = {"bar": bar.text, "limit": bar.limit, "measured": measured, "low": low, "high": high}
+            met = measured >= target.limit if target.at_least else measured <= target.limit
+            result = "met" if met else "missed"
+        row = {"target": target.text, "limit": target.limit, "measured": measured, "low": low, "high": high}
         rows.append({**row, "result": result})
     return pd.DataFrame(rows)
 
 
-def _measure(table: pd.DataFrame, bar: Target) -> tuple[float, float, float]:
-    nothing = (float("nan"),) * 3
-    if table.empty:
-        return nothing
-    case = table[
-        (table["kind"] == bar.kind)
-        & (table["shape"] == bar.shape)
-        & (table["context"] == bar.context)
-        & (table["batch"] == bar.batch)
-        & table["ms"].notna()
-    ]
+def _measure(table: pd.DataFrame, target: Target) -> tuple[float, float, float]:
+    """What was measured, with its interval where there is one; NaN where nothing was."""
+    nan = float("nan")
+    of_case = [table[name] == getattr(target, name) for name in ("kind", "shape", "context", "batch")]
+    case = table[np.logical_and.reduce([*of_case, table["ms"].notna()])]
     case = case.drop_duplicates("method", keep="last").set_index("method")
-    needed = {bar.method} if bar.quantity == "bandwidth" else {bar.method, bar.against}
+    needed = {target.method} if target.quantity == "bandwidth" else {target.method, target.against}
     if not needed <= set(case.index):
-        return nothing
-    if bar.quantity == "bandwidth":
-        return float(case.loc[bar.method, "copy_share"]), float("nan"), float("nan")
-    if bar.quantity == "peak memory":
-        share = case.loc[bar.method, "peak_bytes"] / case.loc[bar.against, "peak_bytes"]
-        return float(share), float("nan"), float("nan")
-    ours, theirs = (case.loc[name, "round_ms"] for name in (bar.method, bar.against))
-    return paired_ratio(theirs, ours) if bar.quantity == "speed-up" else paired_ratio(ours, theirs)
+        return nan, nan, nan
+    ours = case.loc[target.method]
+    if target.quantity == "bandwidth":
+        return float(ours["copy_share"]), nan, nan
+    other = case.loc[target.against]
+    if target.quantity == "peak memory":
+        return float(ours["peak_bytes"] / other["peak_bytes"]), nan, nan
+    times = (other, ours) if target.quantity == "speed-up" else (ours, other)
+    return paired_ratio(*(each["round_ms"] for each in times))

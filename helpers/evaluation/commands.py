@@ -1,0 +1,83 @@
+"""The commands of this package that print and write tables: `python main.py quality` and `compare`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from helpers.evaluation import fixed_widths
+from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
+from helpers.evaluation.methods import default_methods
+from helpers.io.paths import relative_to_root
+from helpers.io.processes import is_main_process, one_first, process_count
+from helpers.io.results import write_table
+from helpers.models.items import load_multiple_choice, sample_items
+from helpers.models.loading import load_model
+from helpers.models.presets import get_preset
+from helpers.models.sequences import load_sequences
+from helpers.models.sources import Sources
+
+
+@dataclass(frozen=True)
+class QualityOptions(Sources):
+    """What `quality` reads."""
+
+    sequences: int = 200  # sequences that the model samples
+    last: float = 0.1  # share of the texts, from the end, that is read
+    max_rows: int = 200  # sequences of 512 tokens of text at most
+
+
+def quality(options: QualityOptions) -> None:
+    """Print and write what fixed widths cost on text that the model samples and on text that it did not write."""
+    preset = get_preset(options.preset)
+    source, texts = options.model or preset.model, options.texts or preset.stories
+    model, tokenizer = load_model(source)
+    sampled = fixed_widths.sample_sequences(model, options.sequences, 256, options.seed)
+    ids = load_sequences(tokenizer, texts, 512, options.max_rows, holdout=options.last)
+    held_out, text = torch.tensor(ids, device=model.device), "held-out text, positions 256-511"
+    table = pd.concat([
+        fixed_widths.quality_table(model, sampled, fixed_widths.SAMPLED_METHODS, "sampled"),
+        fixed_widths.quality_table(model, held_out, fixed_widths.TEXT_METHODS, text, first=256),
+    ])  # fmt: skip
+    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"bits_per_element": 2})
+    print(shown.drop(columns=["tokens"]).to_string(index=False))
+    about = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
+    write_table(options.out or preset.data_dir / f"quality_{Path(source).name}.csv", table, about)
+
+
+@dataclass(frozen=True)
+class CompareOptions(Sources):
+    """What `compare` reads and measures."""
+
+    controllers: str | None = None  # folder of controllers instead of the preset's
+    items: str | None = None  # multiple-choice file or hub name instead of the preset's
+    count: int = 200  # multiple-choice items, drawn at random; 0 for none
+    max_rows: int = 200  # sequences of 512 tokens of the last tenth of the texts
+    rounds: int = 3  # rounds of timed decoding; 0 for none
+    name: str | None = None  # of the result files instead of baseline_comparison or ..._MODEL
+    batch: int = 25  # sequences read at once: what several processes share out
+
+
+def compare(options: CompareOptions) -> None:
+    """Print and write the comparison of Part 4 on one model."""
+    preset = get_preset(options.preset)
+    source, texts = options.model or preset.model, options.texts or preset.stories
+    items_source = options.items or preset.multiple_choice
+    with one_first():
+        model, tokenizer = load_model(source, quiet=not is_main_process())
+        items = load_multiple_choice(items_source, preset.test_split) if options.count else []
+        ids = load_sequences(tokenizer, texts, 512, options.max_rows, preset.test_split, holdout=0.1)
+    methods = default_methods(options.controllers or preset.data_dir / "controllers")
+    items = sample_items(items, min(options.count, len(items)), options.seed) if items else []
+    sequences = torch.tensor(ids, device=model.device)
+    result = compare_methods(model, tokenizer, sequences, items, methods, rounds=options.rounds, batch=options.batch)
+    if not is_main_process():
+        return
+    shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
+    print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
+    print(standard_pairs(result).round(5).to_string(index=False))
+    name = options.name or "baseline_comparison" + (f"_{Path(source).name}" if options.model else "")
+    about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(ids)}
+    about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
+    save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})

@@ -1,0 +1,39 @@
+"""Tables of the documents: a function each, from results files in `data/` to Markdown; by subject, a file each."""
+
+from collections.abc import Callable
+
+from helpers.publishing.tables.benchmark import benchmark_table
+from helpers.publishing.tables.comparison import (
+    collected_table,
+    comparison_table,
+    multiple_choice_table,
+    pair_table,
+    quality_table,
+)
+from helpers.publishing.tables.gate import (
+    gate_fidelity_table,
+    gate_gains_table,
+    gate_parts_table,
+    gate_sizes_table,
+    gate_speed_table,
+    gate_usage_table,
+)
+from helpers.publishing.tables.headline import headline_table
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline_table,
+    "compare-stories3M": lambda: comparison_table("baseline_comparison_stories3M"),
+    "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
+    "quality-stories3M": lambda: quality_table("quality_stories3M"),
+    "quality-large": lambda: quality_table("quality_large"),
+    "benchmarks": benchmark_table,
+    "multiple-choice": multiple_choice_table,
+    "gate-usage": gate_usage_table,
+    "gate-speed": gate_speed_table,
+    "gate-gains": gate_gains_table,
+    "gate-fidelity": gate_fidelity_table,
+    "gate-sizes": gate_sizes_table,
+    "gate-parts": gate_parts_table,
+    "collected": collected_table,
+    "pair": pair_table,
+}

@@ -1,0 +1,101 @@
+"""Tables on ways to store the cache: all methods, fixed widths, multiple choice; what Part 1 collects; the models."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, points
+from helpers.training.table import ASSIGNMENT_COLUMNS, read_training_data
+
+MULTIPLE_CHOICE = "multiple_choice_stories3M"
+
+
+def comparison_table(name: str, latency: bool = False) -> str:
+    """The methods of `data/NAME.csv`, written by `python main.py compare` or notebook 04."""
+    table = pd.read_csv(DATA / f"{name}.csv")
+    static = table.set_index("method").loc["static 4-bit"]
+    full = table["method"] == "full precision"
+    held, live = (fixed(table[column] / static[column], 2) for column in ("peak_bytes", "live_bytes"))
+    shown = {
+        "method": table["method"].mask(table["group"] == "learned at settle", "**" + table["method"] + "**"),
+        "code bits": fixed(table["code_bits"], 2),
+        "held bytes (live) / static 4-bit": held + " (" + live + ")",
+        "KL to full precision": kl_intervals(table).mask(full, "0"),
+        "next-token accuracy, points": points(table, "accuracy_change"),
+    }
+    if latency:
+        shown["time per token / full precision"] = fixed(table["latency_ratio"], 2)
+    return markdown(pd.DataFrame(shown))
+
+
+def quality_table(name: str) -> str:
+    """What fixed widths cost, from `data/NAME.csv` (`python main.py quality`)."""
+    table = pd.read_csv(DATA / f"{name}.csv")
+    return markdown(
+        pd.DataFrame({
+            "text": table["text"].str.split(",").str[0].str.replace("held-out text", "text"),
+            "store": table["store"],
+            "code bits": fixed(table["code_bits"], 2),
+            "bits per number": fixed(table["bits_per_element"], 2),
+            "KL to full precision": kl_intervals(table),
+            "next-token accuracy, points": points(table, "accuracy_change"),
+        })
+    )  # fmt: skip
+
+
+def multiple_choice_table(folder: Path = DATA) -> str:
+    """HellaSwag under each policy, from `multiple_choice_stories3M.csv`; nothing while that does not exist."""
+    path = folder / f"{MULTIPLE_CHOICE}.csv"
+    if not path.is_file():
+        return ""
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    table = pd.read_csv(path).dropna(subset="acc_norm")
+    shown = pd.DataFrame({"method": table["method"], "code bits on stories": fixed(table["code_bits"], 2)})
+    for name, title in (("acc", "accuracy, %"), ("acc_norm", "accuracy per byte, %")):
+        shown[title] = intervals(table, name, 1, 100)
+        shown[f"{title.removesuffix(', %')}, points from full precision"] = points(table, f"{name}_change")
+    count = about["item_count"]
+    told = f"{count:,} items, model {about['model'].split('/')[-1]}; chance is 25%. Contexts are read and committed "
+    told += "first, endings score in a second pass; differences are paired by item."
+    command = "python main.py compare --model M --texts T --controllers CONTROLLERS --rounds 0 --max-rows 25 \\\n"
+    command += f"  --items HELLASWAG.jsonl --count {count} --name {MULTIPLE_CHOICE}"
+    return f"### HellaSwag\n\n{told}\n\n```bash\n{command}\n```\n\n{markdown(shown)}"
+
+
+def collected_table() -> str:
+    """Means and spreads of what notebook 01 collects, and each column's correlation with the width."""
+    table = read_training_data(DATA / "controller_training.csv")[ASSIGNMENT_COLUMNS]
+    units = {"entropy": " (nats)", "rarity": " (nats)", "latency": " (ms)"}
+    correlations = table.corr()["kv_bits"].drop("kv_bits")
+    rows = [
+        {
+            "column": f"`{name}`{units.get(name, '')}",
+            "mean (std)": f"{column.mean():.4g} ({column.std():.3g})",
+            "least": f"{column.min():.4g}",
+            "largest": f"{column.max():.4g}",
+            "correlation with `kv_bits`": f"{correlations[name]:+.2f}" if name in correlations else "",
+        }
+        for name, column in table.items()
+    ]
+    return markdown(pd.DataFrame(rows))
+
+
+def pair_table() -> str:
+    """The embedded models, from `data/models/measured.json` (`python main.py card`)."""
+    measured = json.loads((DATA / "models" / "measured.json").read_text(encoding="utf-8"))
+    share = "{:.1%} [{:.1%}, {:.1%}]".format
+    columns = {
+        "": [
+            "bits per byte on held-out TinyStories",
+            "multiple choice, sum of log-probabilities (chance 25%)",
+            "multiple choice, per byte",
+            "time per token, as a share of the large one's",
+        ]
+    }
+    for name, size, time in (("large", "3.05 M", "1"), ("small", "0.66 M", f"{measured['time_ratio']:.2f}")):
+        each = measured[name]
+        columns[f"{name} ({size})"] = [
+            f"{each['bits_per_byte']:.3f}", share(*each["acc"]), share(*each["acc_norm"]), time
+        ]  # fmt: skip
+    return markdown(pd.DataFrame(columns))

@@ -1,0 +1,47 @@
+"""The one table of the README: the main results, each with its interval and the command or notebook behind it."""
+
+import pandas as pd
+
+from helpers.publishing.tables.benchmark import decode_rows
+from helpers.publishing.tables.gate import gate_benchmarks
+from helpers.publishing.tables.layout import DATA, interval, markdown
+
+
+def headline_table() -> str:
+    """Headline results on stories3M (the cache) and the embedded pair (the gate)."""
+    name = "baseline_comparison_stories3M"
+    table = pd.read_csv(DATA / f"{name}.csv").set_index("method")
+    pairs = pd.read_csv(DATA / f"{name}_pairs.csv").query("of == 'kl'").set_index(["method", "against"])
+    start = "8-4-2 @2,5, best 25% by "
+    learned = f"{start}learned score"
+    shares = table.loc[learned, ["peak_bytes", "live_bytes", "kl"]].astype(float) / table.loc["static 4-bit"]
+
+    def paired(method: str, other: str) -> str:
+        row = pairs.loc[(method, other)].add_prefix("difference_").rename({"difference_difference": "difference"})
+        return interval(row, "difference", 4, sign=True)
+
+    usage = pd.read_csv(DATA / "gate_usage.csv").set_index("gate").loc["tracking 20%"]
+    speed = pd.read_csv(DATA / "gate_speed.csv").set_index("of")
+    gains = pd.read_csv(DATA / "gate_fidelity_gains.csv").query("of == 'fidelity'").set_index("signal")
+    share = gate_benchmarks()["embedded"]["speed"]["share"]
+    compare, notebook = "`main.py compare`", "notebook 05"
+    rows = [
+        ("learned at settle: held bytes (live), and KL, over static 4-bit's",
+         "{:.2f} ({:.2f}), and {:.2f}".format(*shares[["peak_bytes", "live_bytes", "kl"]]), compare),
+        ("its KL minus that of a random choice on the same schedule", paired(learned, f"{start}random"), compare),
+        ("... of attention x error, the best hand-made one", paired(learned, f"{start}attention x error"), compare),
+        (f"its next-token accuracy at {table.loc[learned, 'code_bits']:.1f} code bits, points from full precision",
+         interval(table.loc[learned], "accuracy_change", 2, 100, sign=True), compare),
+        ("the entropy rule's KL minus that of its own widths at random",
+         paired("rule-based dynamic", "random as rule-based dynamic"), compare),
+        *decode_rows(),
+        ("gate aimed at 20%: tokens of the large model (%)", interval(usage, "usage", 1), notebook),
+        (f"speed-up of a gate at {100 * speed.loc['usage', 'value']:.0f}% over the large model",
+         interval(speed.loc["speedup vs large"], "value", 2), notebook),
+        ("... over assisted generation", interval(speed.loc["speedup vs assisted"], "value", 2), notebook),
+        ("share of the ideal speed-up that arrives (target: 0.85)", f"{share:.2f}",
+         "`main.py gate-bench --pair embedded`"),
+        ("fidelity of the entropy gate minus a random gate's, 20% usage",
+         interval(gains.loc["entropy"], "gain", 3, sign=True), "`main.py gate-fidelity`"),
+    ]  # fmt: skip
+    return markdown(pd.DataFrame(rows, columns=["result", "value [95% interval]", "from"]))
