@@ -11,7 +11,7 @@ import torch
 from conftest import random_ids, tiny_model
 from test_pretrain import STORIES, TOY
 
-from helpers.policies.policy import Step
+from helpers.cache.plan import Step
 from helpers.policies.rules import EntropyRule
 from helpers.policies.schedules import AgeSchedule
 from helpers.training.collection import collect

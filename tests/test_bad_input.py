@@ -16,12 +16,12 @@ from test_gate import PROMPTS, TEXTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Step
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.training.collection import collect
 from helpers.training.table import COLUMNS, read_training_data

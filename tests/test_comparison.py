@@ -8,6 +8,7 @@ from conftest import random_ids, tiny_model
 
 import main
 from helpers.cache.accounting import code_bits, stored_bytes
+from helpers.cache.plan import Step
 from helpers.evaluation.comparison import compare_methods, standard_pairs
 from helpers.evaluation.latency import controller_share, time_decoding
 from helpers.evaluation.length import against_length, follow_text
@@ -15,7 +16,6 @@ from helpers.evaluation.methods import FullPrecision, Group, PackedMethod, Stock
 from helpers.evaluation.multiple_choice import _second_pass, ending_log_likelihoods, score_items
 from helpers.models.items import MultipleChoice, load_multiple_choice
 from helpers.policies.cached_model import CachedModel
-from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
 from helpers.publishing import explorers

@@ -10,7 +10,7 @@ from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 
 from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.store import Demotion
+from helpers.cache.plan import Demotion, Step
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import TokenFeatures
@@ -23,7 +23,6 @@ from helpers.policies.learned import (
     settle_inputs,
 )
 from helpers.policies.network import Network
-from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule
 from helpers.training.allocation import rate_distortion
 from helpers.training.commit import LossWeights, commit_loss, save_commit, train_commit

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreame
 import main
 from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Step
 from helpers.gate.calibration import text_signals
 from helpers.gate.correction import correct_by_bisection, measure_usage
 from helpers.gate.gate import EntropyGate, OnlineTracker
@@ -37,7 +38,6 @@ from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import entropy_of, log_probabilities
-from helpers.policies.policy import Step
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import AgeSchedule
 from helpers.publishing import explorers, plots

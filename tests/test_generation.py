@@ -5,11 +5,11 @@ import torch
 from conftest import left_padded, random_ids, tiny_model
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Step
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import entropy_of, log_probabilities
-from helpers.policies.policy import Step
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.policies.schedules import AgeSchedule

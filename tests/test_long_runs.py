@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.bucket import MIN_GROWTH
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Step
 from helpers.policies.cached_model import CachedModel
 from helpers.policies.decoding import decode
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Step
 from helpers.policies.schedules import AgeSchedule
 
 TOKENS = int(os.environ.get("LONG_RUN_TOKENS", "2400"))

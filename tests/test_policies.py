@@ -5,10 +5,9 @@ import torch
 from conftest import random_ids, tiny_model
 
 from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.store import Demotion
+from helpers.cache.plan import Demotion, Step
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Step
 from helpers.policies.rules import FixedBits
 from helpers.policies.schedules import AgeSchedule
 

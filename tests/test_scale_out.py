@@ -122,7 +122,7 @@ import main
 from helpers.evaluation import commands
 from helpers.policies.schedules import AgeSchedule
 from helpers.policies.rules import EntropyRule, FixedBits
-from helpers.policies.policy import Step
+from helpers.cache.plan import Step
 from helpers.evaluation.methods import FullPrecision, Group, PackedMethod
 
 schedule = PackedMethod(AgeSchedule(8, (Step(1, 2, keep=0.25),), "random"))

@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import QuantizedCache
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Step
 from helpers.policies.cached_model import CachedModel
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.learned import LearnedController
-from helpers.policies.policy import Policy, Step
+from helpers.policies.policy import Policy
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import RANKINGS, SCHEDULES, AgeSchedule
 

@@ -5,12 +5,13 @@ to a cache, and `CachedModel`, which reads texts through a cache. How controller
 how good policies are is measured in `helpers.evaluation`.
 """
 
+from helpers.cache.plan import Step
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import DecodeResult, decode
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import TokenFeatures
 from helpers.policies.learned import LearnedController, LearnedSchedule, LearnedWidths
-from helpers.policies.policy import Policy, Step
+from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.policies.schedules import COMPACT_SCHEDULE, QUALITY_SCHEDULE, SCHEDULES, AgeSchedule, Schedule

@@ -55,6 +55,8 @@ class PolicyDriver(LogitsProcessor):
                 raise ValueError(f"{what} needs packed attention: call use_packed_attention(model) first")
             if wanted:
                 setattr(cache, flag, True)
+        cache.plan, cache.holds = policy.plan, policy.plan is None
+        cache.record_errors = bool(self.wanted & {"key_error", "value_error"})
         note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
         cache.rows_note = note if policy.needs else ""
         self.start_counts = counts or policy.start_counts or TokenCounts()
@@ -62,7 +64,7 @@ class PolicyDriver(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget the text; call it together with `cache.reset()`."""
-        self.token_ids: torch.Tensor | None = None  # of the tokens in the tail, not committed yet, [B, tokens]
+        self.token_ids: torch.Tensor | None = None  # whose widths are not chosen yet, [B, tokens]
         self.features = TokenFeatures()  # of the same
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
         self.row_counts: list[TokenCounts] | None = None  # where rarity is wanted: counts of each row,
@@ -72,7 +74,7 @@ class PolicyDriver(LogitsProcessor):
 
     @property
     def features(self) -> TokenFeatures:
-        """Of the tokens in the tail."""
+        """Of the tokens whose width is not chosen yet."""
         if len(self._parts) > 1:  # joined when somebody looks, not at every token
             self._parts = [TokenFeatures.join(self._parts)]
         return self._parts[0]
@@ -136,9 +138,9 @@ class PolicyDriver(LogitsProcessor):
             raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
         self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
         self.cache.crop(-tokens)
-        committed, tail = self.cache.committed, self.cache.tail_length
-        self.token_ids = None if self.token_ids is None else self.token_ids[:, :tail]
-        self.features = self.features.slice(0, tail)
+        committed, rest = self.cache.committed, self.cache.get_seq_length() - self.cache.committed
+        self.token_ids = None if self.token_ids is None else self.token_ids[:, :rest]
+        self.features = self.features.slice(0, rest)
         self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
         if self.counted:
             known = torch.cat(self.counted, dim=1)
@@ -147,18 +149,27 @@ class PolicyDriver(LogitsProcessor):
             self.counted = [known[:, :committed]]
 
     def _commit_ready(self) -> None:
-        if ready := self.cache.committable:
-            features = self._oldest(ready)
+        if self.policy.plan is not None:
+            self.cache.commit_ready()
+            if done := self.cache.committed - sum(widths.shape[1] for widths in self.chosen):
+                average = sum(self.policy.plan.pair) / 2
+                self.chosen.append(torch.full((self.token_ids.shape[0], done), average))
+                self.features = self.features.slice(done, None)
+                self.token_ids = self.token_ids[:, self.token_ids.shape[1] - self.cache.tail_length :]
+        elif ready := self.cache.undecided:
+            features, held = self._oldest(ready), self.cache.held
             self._doubt_logits(features)
-            self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
+            self.cache.commit(self._choose(features, ready), ready)
+            if held:  # what has been stored at 8 bits already has no more
+                self.chosen[-1] = self.chosen[-1].clone()
+                self.chosen[-1][:, :held].clamp_(max=8)
             if self.row_counts is not None:
                 self.counted.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
-            self._settle_ready()
 
     def _oldest(self, tokens: int) -> TokenFeatures:
-        """Features of the oldest `tokens` tokens of the tail."""
+        """Features of the oldest `tokens` tokens whose width is not chosen yet."""
         features = self.features.slice(0, tokens)
         if "rarity" in self.wanted:
             token_ids = self.token_ids[:, :tokens]
@@ -198,19 +209,6 @@ class PolicyDriver(LogitsProcessor):
             self.chosen.append(torch.full((rows, tokens), keys if keys == values else (keys + values) / 2))
         return widths
 
-    def _settle_ready(self) -> None:
-        """Move on the pending blocks that are old enough."""
-        steps = self.policy.steps
-        source, waited = self.policy.commit if steps else None, 0
-        for step in steps:
-            # Blocks enter and leave a stage in order, so the newest that stay are as many as the blocks they wait for.
-            excess = self.cache.pending_blocks(source) - (step.after - waited)
-            if excess > 0:
-                keep, last = round(step.keep * self.cache.block), step is steps[-1]
-                scores = self.policy.scores if keep else None
-                self.cache.settle(source, step.bits, excess, keep, scores, pending=not last)
-            source, waited = step.bits, step.after
-
     def widths_so_far(self) -> torch.Tensor:
         """Widths of all tokens, `[B, tokens]`: as committed, and for the tail as the policy would choose now."""
         looking_ahead = copy.copy(self)
@@ -221,7 +219,7 @@ class PolicyDriver(LogitsProcessor):
         return torch.cat([widths.cpu() for widths in looking_ahead.chosen], dim=1)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        held = self.cache.tail_length
+        held = self.cache.get_seq_length() - self.cache.committed
         if input_ids.shape[1] != self.cache.get_seq_length():
             raise ValueError(
                 f"the cache holds {self.cache.get_seq_length()} tokens and the text {input_ids.shape[1]}: PolicyDriver "

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from helpers.cache.plan import Demotion, Step
 from helpers.cache.quantization import WIDTHS, Widths
-from helpers.cache.store import Demotion
 from helpers.policies.features import TokenFeatures
 from helpers.policies.network import Network
-from helpers.policies.policy import Policy, Step
+from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.schedules import QUALITY_SCHEDULE, Schedule
 

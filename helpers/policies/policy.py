@@ -6,34 +6,13 @@ knows nothing of the cache. Random controls are policies like all others, so tha
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 
-from helpers.cache.quantization import Widths, check_width
-from helpers.cache.store import Demotion
+from helpers.cache.plan import Demotion, Plan
+from helpers.cache.quantization import Widths
 from helpers.policies.features import TokenFeatures
 from helpers.policies.rarity import TokenCounts
-
-
-@dataclass(frozen=True)
-class Step:
-    """Once `after` blocks came later, a block moves to `bits` (keys, values); each head leaves its best `keep` share.
-
-    Only the last step of a schedule may keep tokens: it settles the block.
-    """
-
-    after: int
-    bits: Widths
-    keep: float = 0.0
-
-    def __post_init__(self):
-        for bits in self.bits if isinstance(self.bits, tuple) else (self.bits,):
-            check_width(bits)
-        if self.after < 1:
-            raise ValueError(f"after must be a number of blocks, 1 or more, got {self.after}")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep must be a share between 0 and 1, got {self.keep}")
 
 
 class Policy(ABC):
@@ -42,7 +21,7 @@ class Policy(ABC):
     name: str = "policy"  # short, for tables and figures
     needs: tuple[str, ...] = ()  # features of `TokenFeatures` that it reads at commit
     needs_received: bool = False  # whether its scores read received attention
-    steps: tuple[Step, ...] = ()  # what happens to a block after its commit
+    plan: Plan | None = None  # where neither logits nor chance decide: what the cache then does by itself
     start_counts: TokenCounts | None = None  # token counts from which its rarity goes on
 
     @abstractmethod

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from helpers.cache.plan import Plan
 from helpers.cache.quantization import WIDTHS, check_width
 from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Policy
@@ -22,6 +23,10 @@ class FixedBits(Policy):
     @property
     def name(self) -> str:
         return f"static {self.bits}-bit"
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.bits)
 
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> int:
         return self.bits

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from helpers.cache.plan import Demotion, Plan, Step
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.store import Demotion
 from helpers.policies.features import TokenFeatures
-from helpers.policies.policy import Policy, Step
+from helpers.policies.policy import Policy
 
 RANKINGS = ("random", "attention", "attention x error")
 
@@ -57,6 +57,10 @@ class Schedule(Policy):
     def needs_received(self) -> bool:
         return self.keep > 0
 
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.commit, self.steps, self.scores if self.keep else None)
+
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> Widths:
         return self.commit
 
@@ -92,12 +96,23 @@ class AgeSchedule(Schedule):
 
     def scores(self, demotion: Demotion) -> torch.Tensor:
         if self.ranking == "random":
-            shape = demotion.key_error.shape
-            generator = np.random.default_rng((self.seed, self.text, demotion.start))
-            return torch.from_numpy(generator.random(shape)).to(demotion.key_error.device)
+            return self._drawn(demotion).to(demotion.key_error.device)
         if self.ranking == "attention":
             return demotion.received
         return demotion.received * (demotion.key_error + demotion.value_error)
+
+    def _drawn(self, demotion: Demotion) -> torch.Tensor:
+        """Random scores: for each block and layer its own, whatever is settled together with it."""
+        _, rows, heads, slots = demotion.key_error.shape
+        starts = range(demotion.start, demotion.start + slots, demotion.block)
+        draws = [
+            [
+                np.random.default_rng((self.seed, self.text, at, layer)).random((rows, heads, demotion.block))
+                for at in starts
+            ]
+            for layer in demotion.layers
+        ]
+        return torch.from_numpy(np.array([np.concatenate(blocks, axis=-1) for blocks in draws]))
 
 
 # Commit width and steps of the two schedules that rankings are compared on; ages and shares were chosen on stories

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache.plan import Demotion
 from helpers.cache.quantization import width_pair
-from helpers.cache.store import Demotion
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.learned import settle_inputs
