@@ -186,7 +186,8 @@ def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor 
 
 
 def received_of(states: PackedStates) -> list[torch.Tensor]:
-    return [b.held(states.layer).received.double() for b in states.buckets if b.buffers.received is not None]
+    parts = [part for _, part in states.segments if part.buffers.received is not None]
+    return [part.held(states.layer).received.double() for part in parts]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -211,24 +212,24 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
 
     assert bool(before) == case.pending
     share = weights.sum((2, 3))  # [B, H, tokens]
-    recorded = [b for b in states.buckets if b.buffers.received is not None]
-    for bucket, was, now in zip(recorded, before, received_of(states), strict=True):
-        at = bucket.held(states.layer).positions().clamp(max=share.shape[-1] - 1)
-        empty = bucket.held(states.layer).token == EMPTY
+    recorded = [part for _, part in states.segments if part.buffers.received is not None]
+    for segment, was, now in zip(recorded, before, received_of(states), strict=True):
+        at = segment.held(states.layer).positions().clamp(max=share.shape[-1] - 1)
+        empty = segment.held(states.layer).token == EMPTY
         added = share.gather(-1, at).masked_fill(empty, 0.0)
         assert added.sum() > 0
         assert torch.allclose(now, was + added, rtol=1e-3, atol=1e-4)  # kept in half precision
-        assert (bucket.held(0).received == 0).all()  # the other layer's
+        assert (segment.held(0).received == 0).all()  # the other layer's
 
 
 def test_cases_hold_what_they_are_for():
     """Empty slots, several buckets, both kinds of neighbours: otherwise the test above would pass for nothing."""
     for name in ("mixed, 3 rows", "cropped", "4 queries, 3 groups"):
-        assert any(bucket.ragged for bucket in build(CASES[name])[0].buckets), name
-    assert len(build(CASES["mixed"])[0].buckets) == 4
+        assert any(segment.ragged for _, segment in build(CASES[name])[0].segments), name
+    assert len({stage for stage, _ in build(CASES["mixed"])[0].segments}) == 4
     settled = build(CASES["settled, some kept"])[0]
-    assert {b.stage.pending for b in settled.buckets} == {True, False}
-    assert {(b.stage.key_bits, b.stage.pending) for b in settled.buckets} >= {(8, True), (8, False), (2, False)}
+    assert {stage.pending for stage, _ in settled.segments} == {True, False}
+    assert {(stage.key_bits, stage.pending) for stage, _ in settled.segments} >= {(8, True), (8, False), (2, False)}
 
 
 def test_a_sequence_that_sees_nothing_gives_zeros(implementation):

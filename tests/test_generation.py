@@ -49,8 +49,8 @@ def test_generate_with_every_policy(family, policy, mode, lengths):
     else:
         assert len(widths.unique()) > 1
     store = cache.stores[0]
-    for stage, bucket in store.buckets.items():
-        held = (bucket.held(0).token[:, 0] != 255).sum(-1)
+    for stage, bucket in store.layout.buckets.items():
+        held = sum((segment.held(0).token[:, 0] != 255).sum(-1) for segment in bucket.segments)
         assert held.tolist() == (widths[:, :56] == stage.key_bits).sum(-1).tolist()
 
 

@@ -112,7 +112,7 @@ def test_memory_and_time_of_one_long_text(model):
     result = decode(CachedModel(model, cache, driver), random_ids(1, 40), max_new_tokens=TOKENS, temperature=1.0)
     assert result.token_ids.shape == (1, 40 + TOKENS)
     assert cache.get_seq_length() == 40 + TOKENS
-    held = {(s.key_bits, s.pending): b.slots for s, b in cache.stores[0].buckets.items() if b.slots}
+    held = {(s.key_bits, s.pending): b.slots for s, b in cache.stores[0].layout.buckets.items() if b.slots}
     assert held == {stage: count for stage, count in slots(40 + TOKENS).items() if count}
     length, stored, live, resident, spent = (np.array(column) for column in zip(*driver.seen))
     for at, stored_now, live_now in zip(length.tolist(), stored.tolist(), live.tolist()):

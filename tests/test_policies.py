@@ -25,7 +25,7 @@ def run(model, policy, ids, block=8, chunk=None):
 
 def stages(cache):
     """(key bits, value bits, pending) -> tokens in one head."""
-    buckets = cache.stores[0].buckets.items()
+    buckets = cache.stores[0].layout.buckets.items()
     return {(s.key_bits, s.value_bits, s.pending): b.slots for s, b in buckets if b.slots}
 
 
@@ -72,7 +72,7 @@ def test_the_tokens_that_stay_are_the_best_of_their_block_in_each_head():
     assert torch.allclose(scores, demotion.received * (demotion.key_error + demotion.value_error))
     assert (demotion.received > 0).all()
     best = scores[:, 0].topk(2).indices  # [L, H, 2]
-    bucket = next(b for s, b in cache.stores[0].buckets.items() if s.key_bits == 8 and not s.pending)
+    bucket = next(b for s, b in cache.stores[0].layout.segments() if s.key_bits == 8 and not s.pending)
     kept = bucket.held().positions()[:, 0, :, :2]
     assert kept.sort(-1).values.tolist() == best.sort(-1).values.tolist()
 

@@ -274,18 +274,17 @@ def check_slots(cache: PackedKVCache, model: DenseCache) -> None:
         return
     (store,) = cache.stores
     seen = torch.zeros(model.bits["key"][:, :, :, : model.committed].shape, dtype=torch.long)
-    for stage, bucket in store.buckets.items():
-        if not bucket.slots:
-            continue
-        used = bucket.held().token != EMPTY
-        at = bucket.held().positions().masked_fill(~used, 0)
+    for stage, segment in store.layout.segments():
+        used = segment.held().token != EMPTY
+        at = segment.held().positions().masked_fill(~used, 0)
         assert (at < model.committed).all()
         seen.scatter_add_(3, at, used.long())
         for side, bits in (("key", stage.key_bits), ("value", stage.value_bits)):
             assert (model.bits[side].gather(3, at)[used] == bits).all()
-        assert bucket.ragged or bool(used.all())  # attention looks for empty slots only where it is told to
+        assert segment.ragged or bool(used.all())  # attention looks for empty slots only where it is told to
+    for stage, bucket in store.layout.buckets.items():
         if stage.pending:
-            assert bucket.blocks == model.pending[stage.key_bits, stage.value_bits]
+            assert bucket.blocks == model.pending.get((stage.key_bits, stage.value_bits), [])
     assert (seen == 1).all()
 
 
