@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, QuantizedCache
 
+from helpers.cache.bucket import Bucket
 from helpers.cache.layer import PackedLayer
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.store import PackedStore
@@ -25,8 +26,10 @@ class Accounting:
         """Every tensor that the cache owns, spare capacity included; one that is shared may come more than once."""
         for store in self.stores:
             yield from store.tensors()
-        tails = [x for layer in self.layers for x in (layer.keys, layer.values, layer.received)]
-        yield from (x for x in (*tails, self.visible, self.attention_variance) if x is not None)
+        for layer in self.layers:
+            yield from layer.states()
+        recorded = (layer.received for layer in self.layers)
+        yield from (x for x in (*recorded, self.visible, self.attention_variance) if x is not None)
         yield from (total for total, *_ in self.checks.waiting)
 
     def stored_bytes(self) -> int:
@@ -36,21 +39,19 @@ class Accounting:
 
     def live_bytes(self) -> int:
         """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
-        spare = [x[:, :, layer.tail_length :] for layer in self._filled() for x in (layer.keys, layer.values)]
-        live = self.stored_bytes() - sum(x.numel() * x.element_size() for x in spare)
-        for store in self.stores:
-            for bucket in store.buckets.values():
-                whole, held = bucket.buffers.named().values(), bucket.held().named().values()
-                live -= sum((x.numel() - y.numel()) * x.element_size() for x, y in zip(whole, held, strict=True))
-        return live
+        spare = sum(x[:, :, layer.tail_length :].nbytes for layer in self.layers for x in layer.states())
+        for bucket in self._buckets():
+            unused = bucket.capacity - bucket.slots
+            spare += sum(x.nbytes // bucket.capacity * unused for x in bucket.buffers.named().values())
+        return self.stored_bytes() - spare
 
-    def _filled(self) -> list[PackedLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+    def _buckets(self) -> list[Bucket]:
+        return [bucket for store in self.stores for bucket in store.buckets.values()]
 
     def bits_per_element(self) -> float:
         """Live bits per cached number, scales, bookkeeping and tail included; 16 would be plain half precision."""
-        states = [x for layer in self._filled() for x in (layer.keys, layer.values)]
-        elements = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in states) * self.get_seq_length()
+        a_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for layer in self.layers for x in layer.states())
+        elements = a_token * self.get_seq_length()
         return 8 * self.live_bytes() / elements if elements else 0.0
 
     def code_bits(self) -> float:
@@ -67,7 +68,7 @@ class Accounting:
     def _token_bits(self) -> torch.Tensor:
         rows, heads = self.layers[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.layers)
         total = torch.zeros(rows, self.committed + 1, dtype=torch.float64)  # the last takes what empty slots hold
-        for bucket in (bucket for store in self.stores for bucket in store.buckets.values()):
+        for bucket in self._buckets():
             held = bucket.held()
             at = held.positions().masked_fill(held.token == EMPTY, self.committed).transpose(0, 1).flatten(1).cpu()
             bits = (bucket.stage.key_bits + bucket.stage.value_bits) / 2
@@ -81,7 +82,7 @@ def stored_bytes(cache: Cache) -> int:
     if isinstance(cache, Accounting):
         return cache.stored_bytes()
     tensors = {id(t): t for layer in cache.layers for value in vars(layer).values() for t in _tensors(value)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values())
 
 
 def live_bytes(cache: Cache) -> int:

@@ -64,6 +64,10 @@ class PackedLayer(CacheLayerMixin):
         self.tail_length = 0
         self.received: torch.Tensor | None = None  # [B, H, tail tokens]: attention from later blocks of the tail
 
+    def states(self) -> tuple[torch.Tensor, ...]:
+        """The buffers of keys and of values, none before the first tokens."""
+        return (self.keys, self.values) if self.is_initialized else ()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[-1]) for x in (key_states, value_states))

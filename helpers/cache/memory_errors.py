@@ -23,7 +23,7 @@ def explain_out_of_memory(reading: str, *held: tuple[PreTrainedModel, Cache]):
             error = error.__cause__
         parts = []
         for model, cache in held:
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            weights = sum(p.nbytes for p in model.parameters())
             stored, weights = (f"{size:,} bytes ({size / 2**20:.1f} MiB)" for size in (stored_bytes(cache), weights))
             name, tokens = model.config.model_type, cache.get_seq_length()
             parts.append(f"the cache of {name} holds {stored} for {tokens:,} tokens a row beside {weights} of weights")

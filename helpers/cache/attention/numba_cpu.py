@@ -18,14 +18,8 @@ from helpers.cache.layer import PackedStates
 from helpers.cache.store import PackedStore
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by matrix products
-
-
 PIECE = 256  # least tokens of a task
-
-
 TASKS_A_THREAD = 4  # at least, where there are tokens enough: threads that come late take fewer
-
-
 SERIAL_WORK = 24_576  # multiplications below which waking other threads costs more than they save
 
 

@@ -15,19 +15,15 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from helpers.cache.bucket import EMPTY
 from helpers.cache.quantization import FULL_WIDTH
+from helpers.cache.tokens import EMPTY
 
 TILE = 32  # tokens that are expanded at a time
-
-
 MATH = {"reassoc", "nsz", "arcp", "contract"}  # not "ninf": hidden scores are -inf
 
 
 # Columns of a store's bucket table, one row a bucket: sizes, then the address of each field.
 START, SLOTS, CAPACITY, KEY_BITS, VALUE_BITS, RAGGED, KEY_CODES, KEY_SCALES = range(8)
-
-
 VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED, COLUMNS = range(8, 14)
 
 

@@ -29,32 +29,14 @@ from helpers.cache.store import PackedStore
 from helpers.cache.tokens import EMPTY
 
 MAX_QUERIES = 32  # more new tokens at once than this are better served by dense attention
-
-
 MAX_HEAD_DIM = 256
-
-
 TILE = 64  # tokens that a program expands at a time for one query row and head_dim up to 64
-
-
 SMALL_TILE = 32  # for others, so that registers suffice
-
-
 MAX_PIECE = 1024  # tokens: a piece's result is then under 1% of the bytes that were read for it
-
-
 PROGRAMS_PER_SM = 4  # least that keep enough bytes on their way to hide the memory's latency
-
-
 WARPS = 4
-
-
 STAGES_AHEAD = tl.constexpr(4)  # tiles that are on their way from memory
-
-
 ROWS_PER_PROGRAM = 16  # query rows of one key/value head that share a tensor core tile
-
-
 # Columns of a store's table, int64, one row a piece: how it is stored, where its slots lie, addresses of the fields.
 _COLUMNS = (
     "stage", "ragged", "first", "stop", "start", "capacity", "pending_at",
@@ -63,29 +45,13 @@ _COLUMNS = (
 
 
 COLUMNS = tl.constexpr(len(_COLUMNS) + 2)  # a row is one line of the device's cache
-
-
 STAGE, RAGGED, FIRST, STOP, START, CAPACITY, PENDING_AT = (tl.constexpr(i) for i in range(7))
-
-
 KEY_CODES, KEY_SCALES, VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED = (tl.constexpr(i) for i in range(7, 14))
-
-
 NO_TOKEN = tl.constexpr(EMPTY)
-
-
 FULL = tl.constexpr(FULL_WIDTH)
-
-
 STATS = tl.constexpr(4)  # maximum, sum, sum of squares and number of visible tokens, before a partial result
-
-
 CHUNK = tl.constexpr(32)  # rows of a rotation that are multiplied at a time
-
-
 PIECES_AT_ONCE = tl.constexpr(16)  # that are put together at a time
-
-
 SLOTS_AT_ONCE = tl.constexpr(128)  # pending slots whose received attention is added at a time
 
 
@@ -93,8 +59,6 @@ LOG2E = tl.constexpr(1.4426950408889634)  # scores are exponents of 2
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
 # Numbers that change from call to call: a kernel compiled for a special value of one would be compiled again and again.
 _ATTEND_NUMBERS = [
     "layer", "kv_heads", "groups", "queries", "committed", "tail", "piece_tokens", "pending", "scaling", "hidden",
