@@ -18,12 +18,10 @@ from helpers.evaluation.latency import time_decoding
 from helpers.evaluation.methods import FullPrecision, Group, Method, PackedMethod
 from helpers.evaluation.multiple_choice import score_items
 from helpers.evaluation.quality import measure_method, quality_row
+from helpers.io import write_table
 from helpers.io.processes import is_main_process
-from helpers.io.results import write_table
-from helpers.models.items import MultipleChoice
-from helpers.policies.learned import LearnedSchedule
-from helpers.policies.rules import FixedBits, RandomBits
-from helpers.policies.schedules import Schedule
+from helpers.models import MultipleChoice
+from helpers.policies import FixedBits, LearnedSchedule, RandomBits, Schedule
 
 STATIC = PackedMethod(FixedBits(4))  # what the learned schedules are held against
 

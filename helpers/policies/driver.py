@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.memory_errors import explain_out_of_memory
+from helpers.cache import PackedKVCache, explain_out_of_memory
 from helpers.cache.quantization import Widths, width_pair
-from helpers.models.tokens import check_not_empty
+from helpers.models import check_not_empty
 from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities, surprisal_of
 from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.cache.quantization import WIDTHS, Widths
-from helpers.cache.store import Demotion
+from helpers.cache import WIDTHS, Demotion, Widths
 from helpers.policies.features import TokenFeatures
 from helpers.policies.network import Network
 from helpers.policies.policy import Policy, Step

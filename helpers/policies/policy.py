@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from helpers.cache import Demotion
 from helpers.cache.quantization import Widths, check_width
-from helpers.cache.store import Demotion
 from helpers.policies.features import TokenFeatures
 from helpers.policies.rarity import TokenCounts
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from helpers.cache import Demotion
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.store import Demotion
 from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Policy, Step
 

@@ -22,9 +22,8 @@ from helpers.evaluation.benchmark.runs import BLOCK, AttentionRun, DecodeRun, Pr
 from helpers.evaluation.bootstrap import bootstrap_median
 from helpers.evaluation.device import copy_bandwidth, free_memory, release_memory
 from helpers.evaluation.methods import StockQuantized
-from helpers.io.paths import ROOT
-from helpers.models.loading import load_model
-from helpers.models.shapes import random_model, shape_config, weight_count
+from helpers.io import ROOT
+from helpers.models import load_model, random_model, shape_config, weight_count
 
 
 @dataclass
