@@ -9,13 +9,15 @@ from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
 from helpers.cache.attention.dispatch import implementation_name, use_packed_attention
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.memory_errors import explain_out_of_memory
-from helpers.cache.plan import Demotion
+from helpers.cache.plan import Demotion, Plan, Step
 from helpers.cache.quantization import WIDTHS, Widths, dequantize, quantize, rotation_matrix
 
 __all__ = [
     "WIDTHS",
     "Demotion",
     "PackedKVCache",
+    "Plan",
+    "Step",
     "Widths",
     "code_bits",
     "dequantize",

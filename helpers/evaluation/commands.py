@@ -9,12 +9,9 @@ import torch
 from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.methods import default_methods
-from helpers.io.paths import relative_to_root
+from helpers.io import relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
-from helpers.io.results import write_table
-from helpers.models.items import load_multiple_choice, sample_items
-from helpers.models.loading import load_model
-from helpers.models.presets import get_preset
+from helpers.models import get_preset, load_model, load_multiple_choice, sample_items
 from helpers.models.sequences import load_sequences
 from helpers.models.sources import Sources
 

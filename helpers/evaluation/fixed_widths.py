@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from helpers.evaluation.bootstrap import interval_columns
 from helpers.evaluation.methods import PackedMethod
 from helpers.evaluation.quality import full_precision_accuracy, measure_method, quality_row
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.rules import FixedBits
+from helpers.policies import CachedModel, FixedBits
 
 COLUMNS = ["text", "sequences", "tokens", "store", "code_bits", "bits_per_element", "kl", "kl_low", "kl_high",
            "accuracy", "accuracy_full", "accuracy_change", "accuracy_change_low", "accuracy_change_high"]  # fmt: skip

@@ -9,10 +9,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
-from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache import PackedKVCache, code_bits, live_bytes, stored_bytes
 from helpers.evaluation.methods import Group, Method
-from helpers.policies.decoding import decode
+from helpers.policies import decode
 
 
 def against_length(

@@ -13,13 +13,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import QuantizedCache
 
-from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.plan import Step
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.driver import PolicyDriver
-from helpers.policies.learned import LearnedController
-from helpers.policies.policy import Policy
-from helpers.policies.rules import EntropyRule, FixedBits
+from helpers.cache import PackedKVCache
+from helpers.policies import CachedModel, EntropyRule, FixedBits, LearnedController, Policy, PolicyDriver, Step
 from helpers.policies.schedules import RANKINGS, SCHEDULES, AgeSchedule
 
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}

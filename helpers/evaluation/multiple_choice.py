@@ -15,8 +15,8 @@ from transformers.cache_utils import QuantizedCache
 
 from helpers.evaluation.methods import Method
 from helpers.io.processes import spread
-from helpers.models.items import MultipleChoice
-from helpers.policies.cached_model import CachedModel
+from helpers.models import MultipleChoice
+from helpers.policies import CachedModel
 from helpers.policies.features import log_probabilities, surprisal_of
 
 

@@ -4,13 +4,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS, code_bits, live_bytes, stored_bytes
 from helpers.evaluation.bootstrap import interval_columns
 from helpers.evaluation.methods import Method, head_dim
 from helpers.evaluation.metrics import kl_divergence, next_token_hits
 from helpers.io.processes import spread
-from helpers.policies.cached_model import score_blocks
+from helpers.policies import score_blocks
 from helpers.policies.features import log_probabilities, surprisal_of
 
 

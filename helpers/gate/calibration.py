@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.signals import Signal, find_signal
 from helpers.io.results import key_hash, read_keyed, write_keyed
-from helpers.models.fingerprint import fingerprint
+from helpers.models import fingerprint
 from helpers.models.tokens import context_length, encode
 
 

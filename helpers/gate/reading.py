@@ -6,9 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.models.tokens import check_context
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.driver import PolicyDriver
+from helpers.models import check_context
+from helpers.policies import CachedModel, PolicyDriver
 
 CacheFactory = Callable[[PreTrainedModel], Cache | PolicyDriver]
 

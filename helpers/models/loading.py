@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.cache import use_packed_attention
 from helpers.models.hub import fetch_model
 
 

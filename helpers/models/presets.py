@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.io.paths import ROOT, results_root
+from helpers.io import ROOT, results_root
 
 
 @dataclass(frozen=True)

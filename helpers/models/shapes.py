@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from helpers.cache.attention.dispatch import use_packed_attention
+from helpers.cache import use_packed_attention
 
 SMOLLM = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 2048}
 

@@ -5,7 +5,7 @@ to a cache, and `CachedModel`, which reads texts through a cache. How controller
 how good policies are is measured in `helpers.evaluation`.
 """
 
-from helpers.cache.plan import Step
+from helpers.cache import Step
 from helpers.policies.cached_model import CachedModel, score_blocks
 from helpers.policies.decoding import DecodeResult, decode
 from helpers.policies.driver import PolicyDriver

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from helpers.cache.memory_errors import explain_out_of_memory
-from helpers.models.tokens import check_not_empty
+from helpers.cache import explain_out_of_memory
+from helpers.models import check_not_empty
 from helpers.policies.driver import PolicyDriver
 
 

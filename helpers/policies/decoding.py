@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from helpers.cache.memory_errors import explain_out_of_memory
-from helpers.models.tokens import check_context, check_not_empty
+from helpers.cache import explain_out_of_memory
+from helpers.models import check_context, check_not_empty
 from helpers.policies.cached_model import CachedModel
 from helpers.policies.features import TokenFeatures
 

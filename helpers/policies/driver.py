@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.memory_errors import explain_out_of_memory
+from helpers.cache import PackedKVCache, explain_out_of_memory
 from helpers.cache.quantization import Widths, width_pair
-from helpers.models.tokens import check_not_empty
+from helpers.models import check_not_empty
 from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities, surprisal_of
 from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
@@ -68,7 +67,7 @@ class PolicyDriver(LogitsProcessor):
         self.features = TokenFeatures()  # of the same
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
         self.row_counts: list[TokenCounts] | None = None  # where rarity is wanted: counts of each row,
-        self.counted: list[torch.Tensor] = []  # and the committed token ids that they count, [B, tokens] each
+        self.committed_ids: list[torch.Tensor] = []  # and the committed token ids that they count, [B, tokens] each
         self.latest = TokenFeatures()  # of the tokens observed last
         self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
 
@@ -142,11 +141,11 @@ class PolicyDriver(LogitsProcessor):
         self.token_ids = None if self.token_ids is None else self.token_ids[:, :rest]
         self.features = self.features.slice(0, rest)
         self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
-        if self.counted:
-            known = torch.cat(self.counted, dim=1)
+        if self.committed_ids:
+            known = torch.cat(self.committed_ids, dim=1)
             for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
                 counts.forget(row)
-            self.counted = [known[:, :committed]]
+            self.committed_ids = [known[:, :committed]]
 
     def _commit_ready(self) -> None:
         if self.policy.plan is not None:
@@ -164,7 +163,7 @@ class PolicyDriver(LogitsProcessor):
                 self.chosen[-1] = self.chosen[-1].clone()
                 self.chosen[-1][:, :held].clamp_(max=8)
             if self.row_counts is not None:
-                self.counted.append(self.token_ids[:, :ready])
+                self.committed_ids.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.cache.plan import Demotion, Step
-from helpers.cache.quantization import WIDTHS, Widths
+from helpers.cache import WIDTHS, Demotion, Step, Widths
 from helpers.policies.features import TokenFeatures
 from helpers.policies.network import Network
 from helpers.policies.policy import Policy

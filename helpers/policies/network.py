@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.io import provenance, write_json
 from helpers.io.atomic import atomic_path, inside
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
 
 
 @dataclass

@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from helpers.cache.plan import Demotion, Plan
-from helpers.cache.quantization import Widths
+from helpers.cache import Demotion, Plan, Widths
 from helpers.policies.features import TokenFeatures
 from helpers.policies.rarity import TokenCounts
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from helpers.cache.plan import Demotion, Plan, Step
+from helpers.cache import Demotion, Plan, Step
 from helpers.cache.quantization import Widths, width_pair
 from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Policy

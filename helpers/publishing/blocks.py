@@ -13,8 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from helpers.io.atomic import atomic_path
-from helpers.io.paths import ROOT
+from helpers.io import ROOT, atomic_path
 from helpers.publishing.tables import TABLES
 from helpers.publishing.tables.layout import DATA, markdown
 

@@ -18,7 +18,7 @@ from typing import Annotated
 import nbformat
 import tyro
 
-from helpers.io.paths import ROOT
+from helpers.io import ROOT
 from helpers.models.presets import DEFAULT_PRESET, get_preset
 from helpers.publishing.blocks import stale_blocks, write_documents
 from helpers.publishing.execution import NOTEBOOKS, publish, publish_fast

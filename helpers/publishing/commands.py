@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 import pandas as pd
 import tyro
 
+from helpers.evaluation.benchmark import BenchmarkOptions, run_benchmark_command
 from helpers.evaluation.benchmark.cases import KINDS
-from helpers.evaluation.benchmark.command import BenchmarkOptions, run_benchmark_command
 from helpers.evaluation.benchmark.results import FOLDER, load_benchmarks
-from helpers.io.paths import ROOT, relative_to_root
-from helpers.models.items import load_multiple_choice
-from helpers.models.presets import get_preset
+from helpers.io import ROOT, relative_to_root
+from helpers.models import get_preset, load_multiple_choice
 from helpers.publishing import plots
 from helpers.training.model_card import PAIR, measure_pair, write_pair_card
 

@@ -13,10 +13,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from helpers.io.atomic import atomic_path
+from helpers.io import atomic_path, write_json
 from helpers.io.paths import FAST, ROOT
 from helpers.io.provenance import cpu_name
-from helpers.io.results import write_json
 from helpers.models.presets import DEFAULT_PRESET, get_preset
 from helpers.publishing import blocks
 from helpers.publishing.explorers import STATIC

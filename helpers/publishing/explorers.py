@@ -15,8 +15,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from helpers.io.atomic import atomic_path
-from helpers.io.results import require
+from helpers.io import atomic_path, require
 from helpers.publishing import plots
 
 STATIC = "HELPERS_STATIC"  # set when notebooks are published: say that there is a widget instead of building it

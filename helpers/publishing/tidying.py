@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from helpers.io.paths import ROOT
+from helpers.io import ROOT
 
 MAX_BYTES = 1_000_000  # of a notebook; GitHub shows larger ones badly or not at all
 FAST_MARK = "**Fast run, for tests only: these numbers are no results.**"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 from helpers.policies.learned import widths_at_multiplier
 from helpers.policies.network import Network
 

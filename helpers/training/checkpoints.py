@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.io import relative_to_root
 from helpers.io.atomic import atomic_path, recover
-from helpers.io.paths import relative_to_root
 
 
 def save_checkpoint(folder: Path, model, optimizers, step: int, run: dict) -> None:

@@ -16,17 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from helpers.cache.kv_cache import PackedKVCache
+from helpers.cache import PackedKVCache
 from helpers.io.atomic import atomic_path, explain_full_disk
 from helpers.io.processes import from_main, is_main_process, process_count, spread
 from helpers.io.results import key_hash, write_table
-from helpers.models.fingerprint import fingerprint
-from helpers.models.tokens import check_context
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.decoding import decode
-from helpers.policies.driver import PolicyDriver
-from helpers.policies.policy import Policy
-from helpers.policies.rarity import TokenCounts
+from helpers.models import check_context, fingerprint
+from helpers.policies import CachedModel, Policy, PolicyDriver, TokenCounts, decode
 from helpers.training.table import COLUMNS, check_training_data
 
 TEXTS_A_ROUND = 4  # of each of several processes, between two gatherings: enough to even out texts of unequal length

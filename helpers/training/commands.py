@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.io.paths import relative_to_root
+from helpers.io import relative_to_root
 from helpers.io.processes import is_main_process, one_first
-from helpers.models.items import load_multiple_choice, sample_texts
-from helpers.models.loading import load_model
-from helpers.models.presets import get_preset
+from helpers.models import encode, get_preset, load_model, load_multiple_choice, sample_texts
 from helpers.models.sequences import load_sequences
 from helpers.models.sources import Sources
-from helpers.models.tokens import encode
-from helpers.policies.rules import EntropyRule
+from helpers.policies import EntropyRule
 from helpers.training import collection
 from helpers.training.controllers import train_controllers
 from helpers.training.table import summarise

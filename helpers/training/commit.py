@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 from helpers.policies.learned import COMMIT_FEATURES, IMITATION_FEATURES
 from helpers.policies.network import Network
 from helpers.training.allocation import rate_table

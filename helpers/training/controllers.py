@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel
 
-from helpers.io.atomic import atomic_path
-from helpers.policies.schedules import SCHEDULES, AgeSchedule
+from helpers.io import atomic_path
+from helpers.policies import SCHEDULES, AgeSchedule
 from helpers.training.commit import commit_tasks, save_commit, train_commit
 from helpers.training.costs import load_or_measure_costs
 from helpers.training.fitting import History

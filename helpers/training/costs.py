@@ -11,11 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.cache import WIDTHS
 from helpers.cache.codec import CENTRE_TOKENS
-from helpers.cache.quantization import WIDTHS
-from helpers.io.provenance import provenance
-from helpers.io.results import read_keyed, write_keyed, write_table
-from helpers.models.fingerprint import fingerprint
+from helpers.io import provenance, read_keyed, write_keyed, write_table
+from helpers.models import fingerprint
 from helpers.policies.features import log_probabilities, surprisal_of
 from helpers.training.allocation import optimal_bits
 from helpers.training.exact import HORIZON, exact_costs

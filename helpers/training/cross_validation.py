@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.cache.quantization import WIDTHS
-from helpers.evaluation.bootstrap import bootstrap_groups
+from helpers.cache import WIDTHS
+from helpers.evaluation import bootstrap_groups
 from helpers.policies.network import Network
 from helpers.training.commit import train_commit
 from helpers.training.settle import train_settle

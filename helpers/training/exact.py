@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from helpers.cache.quantization import WIDTHS
-from helpers.evaluation.metrics import kl_divergence
+from helpers.cache import WIDTHS
+from helpers.evaluation import kl_divergence
 from helpers.training.states import text_states
 
 HORIZON = 64

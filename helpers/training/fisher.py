@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 from helpers.training.exact import HORIZON
 from helpers.training.states import text_states
 

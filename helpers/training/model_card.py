@@ -9,16 +9,10 @@ from pathlib import Path
 
 import torch
 
-from helpers.evaluation.bootstrap import bootstrap_mean
-from helpers.evaluation.multiple_choice import score_items
-from helpers.io.atomic import atomic_path
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
-from helpers.models.items import MultipleChoice
-from helpers.models.loading import load_model
-from helpers.models.stories import read_stories, split_holdout
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.decoding import decode
+from helpers.evaluation import bootstrap_mean, score_items
+from helpers.io import atomic_path, provenance, write_json
+from helpers.models import MultipleChoice, load_model, read_stories, split_holdout
+from helpers.policies import CachedModel, decode
 from helpers.training.pretraining import bits_per_byte
 
 CARD = Path(__file__).parent / "cards" / "pair.md"

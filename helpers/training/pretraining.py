@@ -21,11 +21,10 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers.io import provenance, write_json, write_table
 from helpers.io.atomic import atomic_files, atomic_path, remove_folder
 from helpers.io.processes import on_cpu
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json, write_table
-from helpers.models.stories import load_stories, read_stories, split_holdout
+from helpers.models import load_stories, read_stories, split_holdout
 from helpers.training.checkpoints import load_checkpoint, read_log, save_checkpoint
 from helpers.training.optimizers import build_optimizers, learning_rate_factor
 from helpers.training.settings import PretrainOptions, TrainingSettings

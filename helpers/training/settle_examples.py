@@ -11,13 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from helpers.cache.kv_cache import PackedKVCache
-from helpers.cache.plan import Demotion
+from helpers.cache import Demotion, PackedKVCache
 from helpers.cache.quantization import width_pair
-from helpers.policies.cached_model import CachedModel, score_blocks
-from helpers.policies.driver import PolicyDriver
+from helpers.policies import AgeSchedule, CachedModel, PolicyDriver, score_blocks
 from helpers.policies.learned import settle_inputs
-from helpers.policies.schedules import AgeSchedule
 from helpers.training.fisher import head_costs
 
 SETTLE_LABEL = "relative damage of a demotion in one head"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 
 ASSIGNMENT_COLUMNS = ["entropy", "rarity", "attn_var", "kv_bits", "latency", "accuracy"]
 COLUMNS = [*ASSIGNMENT_COLUMNS, "confidence", "text_id", "position", "token_id"]

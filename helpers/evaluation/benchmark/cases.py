@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from helpers.evaluation.benchmark.methods import METHODS
-from helpers.models.shapes import SHAPES, shape_config
+from helpers.models import SHAPES, shape_config
 
 KINDS = ("attention", "decode", "prefill", "embedded")
 SWEEP_BYTES = 2**28  # plain keys and values of the layers that an attention sweep goes through

@@ -6,14 +6,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from helpers.cache.attention.dispatch import implementation_name
+from helpers.cache import implementation_name
 from helpers.evaluation.benchmark.cases import Settings
 from helpers.evaluation.benchmark.measuring import run
 from helpers.evaluation.benchmark.results import FOLDER, benchmark_report, save_benchmarks
 from helpers.evaluation.benchmark.targets import CPU_TARGETS, CUDA_TARGETS, check_targets
 from helpers.evaluation.device import device_name
-from helpers.io.paths import relative_to_root
-from helpers.models.loading import choose_device
+from helpers.io import relative_to_root
+from helpers.models import choose_device
 
 
 @dataclass(frozen=True)

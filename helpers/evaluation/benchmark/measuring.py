@@ -22,9 +22,8 @@ from helpers.evaluation.benchmark.runs import BLOCK, AttentionRun, DecodeRun, Pr
 from helpers.evaluation.bootstrap import bootstrap_median
 from helpers.evaluation.device import copy_bandwidth, free_memory, release_memory
 from helpers.evaluation.methods import StockQuantized
-from helpers.io.paths import ROOT
-from helpers.models.loading import load_model
-from helpers.models.shapes import random_model, shape_config, weight_count
+from helpers.io import ROOT
+from helpers.models import load_model, random_model, shape_config, weight_count
 
 
 @dataclass
@@ -134,7 +133,7 @@ def _measure(
     together = len(methods) * plain_bytes(case, dtype) < free_memory(device) / 2
     keep = case.kind != "embedded" and together  # the short text of the embedded model would soon be a longer one
 
-    def open_run(method: BenchmarkMethod) -> AttentionRun | DecodeRun:
+    def open_run(method: BenchmarkMethod):
         if case.kind == "attention":
             layers, sweeps = sweep_layers(case, dtype), LONG_SWEEPS if case.context >= LONG else BLOCK
             sizes = (shape_config(case.shape), case.context, case.batch, device, dtype, layers, sweeps)

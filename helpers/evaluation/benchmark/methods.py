@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, StaticCache
 
 from helpers.evaluation.methods import FullPrecision, Method, PackedMethod, StockQuantized
-from helpers.io.paths import ROOT
-from helpers.policies.cached_model import CachedModel
-from helpers.policies.learned import LearnedController
-from helpers.policies.rules import FixedBits, RandomBits
-from helpers.policies.schedules import QUALITY_SCHEDULE
+from helpers.io import ROOT
+from helpers.policies import QUALITY_SCHEDULE, CachedModel, FixedBits, LearnedController, RandomBits
 
 
 @dataclass(frozen=True)

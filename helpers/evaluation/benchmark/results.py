@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.evaluation.bootstrap import bootstrap_median
-from helpers.io.paths import ROOT, relative_to_root
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
+from helpers.io import ROOT, provenance, relative_to_root, write_json
 
 FOLDER = ROOT / "data" / "benchmarks"
 

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
+from helpers.cache import code_bits, live_bytes, stored_bytes
 from helpers.cache.attention.dispatch import packed_attention_forward
 from helpers.cache.attention.reference import packed_attention
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.evaluation.benchmark.methods import BenchmarkMethod
 from helpers.evaluation.device import allocated_bytes, peak_allocated, reset_peak
-from helpers.policies.cached_model import CachedModel
+from helpers.policies import CachedModel
 from helpers.policies.decoding import timed
 
 BLOCK = 16  # steps of a round: one commit of ours falls into each

@@ -11,21 +11,15 @@ from pathlib import Path
 
 import torch
 
-from helpers.evaluation.bootstrap import bootstrap_ratio
+from helpers.evaluation import bootstrap_ratio
 from helpers.gate.gate import EntropyGate
 from helpers.gate.study.baselines import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
 from helpers.gate.study.parts import ideal_with_prompt, time_parts
 from helpers.gate.study.summaries import speed_against_ideal, summarise_methods
 from helpers.gate.text import LARGE, SMALL
-from helpers.io.paths import ROOT
-from helpers.io.provenance import provenance
-from helpers.io.results import write_json
-from helpers.models.articles import load_articles
-from helpers.models.loading import choose_device, load_model
-from helpers.models.onednn_linear import use_onednn_linear
-from helpers.models.presets import PRESETS
-from helpers.models.shapes import random_model
+from helpers.io import ROOT, provenance, write_json
+from helpers.models import PRESETS, choose_device, load_articles, load_model, random_model, use_onednn_linear
 
 EMBEDDED = PRESETS["embedded"]
 FOLDER = ROOT / "data" / "benchmarks"

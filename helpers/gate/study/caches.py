@@ -3,7 +3,7 @@
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from helpers.cache.accounting import live_bytes
+from helpers.cache import live_bytes
 from helpers.evaluation.rouge import Rouge
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
@@ -11,7 +11,7 @@ from helpers.gate.prompts import end_tokens
 from helpers.gate.reading import CacheFactory
 from helpers.gate.study.baselines import Pair, plain_generate
 from helpers.gate.study.evaluation import fidelity
-from helpers.policies.driver import PolicyDriver
+from helpers.policies import PolicyDriver
 
 
 def evaluate_large_caches(

@@ -3,7 +3,7 @@
 from helpers.gate.study.benchmark import GateBenchmark, run_gate_benchmark
 from helpers.gate.study.fidelity import FidelitySettings, report_fidelity
 from helpers.gate.study.report import ReportSettings, report_gate
-from helpers.models.presets import get_preset
+from helpers.models import get_preset
 
 
 class _Unchecked:

@@ -22,11 +22,8 @@ from helpers.gate.study.baselines import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
 from helpers.gate.study.sweep import gains_over_random, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL
-from helpers.io.paths import relative_to_root
-from helpers.io.results import write_table
-from helpers.models.items import load_multiple_choice, sample_texts
-from helpers.models.loading import load_model
-from helpers.models.presets import Preset
+from helpers.io import relative_to_root, write_table
+from helpers.models import Preset, load_model, load_multiple_choice, sample_texts
 
 COLUMNS = ["story", "words", "method", "tokens", "usage", "rougeL", "fidelity", "shared_prefix"]
 MEASURES = ("fidelity", "shared_prefix", "rougeL")

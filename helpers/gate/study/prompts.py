@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.prompts import prompt_ids
-from helpers.models.articles import Article
+from helpers.models import Article
 from helpers.models.tokens import context_length
 
 

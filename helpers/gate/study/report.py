@@ -19,12 +19,8 @@ from helpers.gate.study.evaluation import ASSISTED, GATED, METHODS, NAIVE, evalu
 from helpers.gate.study.prompts import fit_prompts, sample_articles
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_methods
 from helpers.gate.text import LARGE, SMALL
-from helpers.io.paths import ROOT, relative_to_root
-from helpers.io.results import write_table
-from helpers.models.articles import load_articles, load_paragraphs
-from helpers.models.loading import load_model, placement
-from helpers.models.onednn_linear import use_onednn_linear
-from helpers.models.presets import Preset
+from helpers.io import ROOT, relative_to_root, write_table
+from helpers.models import Preset, load_articles, load_model, load_paragraphs, placement, use_onednn_linear
 
 LINE, RULE = "=" * 57, "-" * 57
 HELD_OUT_PROMPTS = 50  # at most; usage varies so much from prompt to prompt that fewer miss by several points

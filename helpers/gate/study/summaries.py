@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from helpers.evaluation.bootstrap import bootstrap_mean, bootstrap_ratio
+from helpers.evaluation import bootstrap_mean, bootstrap_ratio
 from helpers.evaluation.rouge import ROUGE_TYPES
 from helpers.gate.gate import EntropyGate
 from helpers.gate.study.evaluation import GATED

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from helpers.evaluation.bootstrap import bootstrap_groups
+from helpers.evaluation import bootstrap_groups
 from helpers.gate.correction import measure_usage
 from helpers.gate.gate import EntropyGate
 from helpers.gate.signals import SIGNALS, Signal

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.cache.quantization import WIDTHS
-from helpers.io.atomic import atomic_path
+from helpers.cache import WIDTHS
+from helpers.io import atomic_path
 
 WIDTH_COLOURS = dict(zip(WIDTHS, ("#440154", "#31688e", "#35b779", "#fde725"), strict=True))
 WIDTH_INK = dict(zip(WIDTHS, ("white", "white", "black", "black"), strict=True))

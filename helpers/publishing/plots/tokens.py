@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 from helpers.publishing.plots.style import AUTHOR_LOOKS, WIDTH_COLOURS, WIDTH_INK
 
 

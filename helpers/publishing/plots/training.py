@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from helpers.cache.quantization import WIDTHS
+from helpers.cache import WIDTHS
 from helpers.publishing.plots.style import BLUE, CONTROLLER_COLOURS, VERMILION, bars, errors, frame, panels
 
 

@@ -2,8 +2,14 @@
 
 from pathlib import Path
 
-from helpers.evaluation.benchmark.results import describe_machine, load_benchmarks, ratio_table
-from helpers.evaluation.benchmark.targets import CPU_TARGETS, CUDA_TARGETS, check_targets
+from helpers.evaluation.benchmark import (
+    CPU_TARGETS,
+    CUDA_TARGETS,
+    check_targets,
+    describe_machine,
+    load_benchmarks,
+    ratio_table,
+)
 from helpers.publishing.tables.layout import BENCHMARKS, interval, markdown
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, points
-from helpers.training.table import ASSIGNMENT_COLUMNS, read_training_data
+from helpers.training import ASSIGNMENT_COLUMNS, read_training_data
 
 MULTIPLE_CHOICE = "multiple_choice_stories3M"
 

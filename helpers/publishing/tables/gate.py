@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from helpers.gate.study.parts import parts_against_ideal
+from helpers.gate.study import parts_against_ideal
 from helpers.publishing.tables.layout import BENCHMARKS, DATA, interval, intervals, markdown
 
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from helpers.io.paths import ROOT
+from helpers.io import ROOT
 
 DATA = ROOT / "data"
 BENCHMARKS = DATA / "benchmarks"
