@@ -89,7 +89,7 @@ class PackedStore:
                 bucket.blocks += [(first + i, min(block, n - i)) for i in range(0, n, block)]
             return self.key.magnitude(key) + self.value.magnitude(value)
         total = 0
-        for bits in np.unique(widths).tolist():
+        for bits in map(int, np.unique(widths)):
             chosen = widths == bits
             counts = chosen.sum(-1)
             most = int(counts.max())

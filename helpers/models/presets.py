@@ -38,7 +38,6 @@ class Preset:
 
 
 DEFAULT_PRESET = "embedded"
-
 HUB_TEXTS = {
     "multiple_choice": "Rowan/hellaswag",
     "stories": "roneneldan/TinyStories",
@@ -46,7 +45,6 @@ HUB_TEXTS = {
     "calibration": "Salesforce/wikitext:wikitext-2-raw-v1",
     "prompt": "Summarize the following article in a few sentences.\n\n{article}\n\nSummary:",
 }
-
 PRESETS = {
     "embedded": Preset(
         "embedded",

@@ -28,7 +28,8 @@ class FisherGradients:
     """Gradients of a text's predictions by its keys and values, one segment of predictions at a time.
 
     `ids` `[T]`; `samples` draws of next tokens; `segments` are runs of `segment` predictions. Iterating yields
-    (segment, keys' gradients, values' gradients), each `[L, S, H, t, D]` with `t` the tokens that the segment sees.
+    (start of the segment, (keys' gradients, values' gradients)), each `[L, S, H, t, D]` with `t` the tokens that the
+    segment sees.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int], segment: int, samples: int, seed: int = 0):
@@ -48,7 +49,7 @@ class FisherGradients:
             stop = start + self.segment
             part = self.log_likelihood[:, start:stop].sum()
             gradients = [g[:, :, :stop] for g in torch.autograd.grad(part, taps, retain_graph=True)]
-            yield start, torch.stack(gradients[0::2]), torch.stack(gradients[1::2])
+            yield start, (torch.stack(gradients[0::2]), torch.stack(gradients[1::2]))
 
 
 def fisher_costs(
@@ -69,12 +70,11 @@ def fisher_costs(
     changes = [[new - old for old, new in zip(states.full, states.stored(bits))] for bits in widths]
     costs = torch.zeros(len(ids), len(widths), dtype=torch.float64)
     own = torch.arange(len(ids)) // segment
-    for start, by_key, by_value in gradients:
-        seen = by_key.shape[3]
+    for start, sides in gradients:
+        seen = sides[0].shape[3]
         near = start // segment - own[:seen] <= horizon // segment
-        for column, (key, value) in enumerate(changes):
-            rise = torch.einsum("lshtd,lohtd->st", by_key, key[:, :, :, :seen])
-            rise += torch.einsum("lshtd,lohtd->st", by_value, value[:, :, :, :seen])
+        for column, change in enumerate(changes):
+            rise = sum(torch.einsum("lshtd,lohtd->st", g, x[:, :, :, :seen]) for g, x in zip(sides, change))
             costs[:seen, column] += rise.square().mean(0).div(2).cpu() * near
     return costs.numpy()
 
@@ -102,10 +102,10 @@ def head_costs(
     layers, _, heads, tokens, _ = states.full[0].shape
     own = torch.arange(tokens) // block
     costs = [torch.full((layers, heads, tokens), torch.nan, dtype=torch.float64) for _ in moves]
-    for start, by_key, by_value in gradients:
-        seen = by_key.shape[3]
-        for cost, (key, value), (_, _, after) in zip(costs, changes, moves):
-            rise = (by_key * key[:, :, :, :seen]).sum(-1) + (by_value * value[:, :, :, :seen]).sum(-1)
+    for start, sides in gradients:
+        seen = sides[0].shape[3]
+        for cost, change, (_, _, after) in zip(costs, changes, moves):
+            rise = sum((g * x[:, :, :, :seen]).sum(-1) for g, x in zip(sides, change))
             rise = rise.square().mean(1).div(2).double().cpu()
             counted = (own[:seen] + 1 + after) * block <= start
             cost[:, :, :seen] = torch.where(counted, cost[:, :, :seen].nan_to_num(0.0) + rise, cost[:, :, :seen])

@@ -154,7 +154,7 @@ def train(
         if accelerator.is_main_process and (done % checkpoint_every == 0 or done == last_step):
             bare = accelerator.unwrap_model(model)
             # The log first: its lines beyond the checkpoint are dropped when the run is taken up again.
-            write_table(log_path, pd.DataFrame(log))
+            write_table(log_path, pd.DataFrame(log, columns=["step", "loss", "seconds"]))
             save_checkpoint(checkpoint, bare, [o.optimizer for o in optimizers], done, run)
     result = {}
     if last_step == settings.steps and accelerator.is_main_process:
