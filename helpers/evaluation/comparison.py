@@ -25,8 +25,6 @@ from helpers.policies.learned import LearnedSchedule
 from helpers.policies.rules import FixedBits, RandomBits
 from helpers.policies.schedules import Schedule
 
-COLUMNS = ("code_bits", "bits_per_element", "live_bytes", "peak_bytes", "accuracy", "perplexity",
-           "kl", "kl_low", "kl_high")  # fmt: skip
 STATIC = PackedMethod(FixedBits(4))  # what the learned schedules are held against
 
 
@@ -71,7 +69,7 @@ def compare_methods(
     def measure(method: Method, group: Group) -> tuple[float, ...]:
         """Add a row, and return the shares of the widths that the method chose."""
         measured = measure_method(model, sequences, method, first, batch)
-        row = {"method": method.name, "group": group.name, **{name: quality_row(measured)[name] for name in COLUMNS}}
+        row = {"method": method.name, "group": group.name, **quality_row(measured)}
         of_texts[method.name] = {name: measured[name] for name in ("kl", "accuracy")}
         if items and group.chooses_endings:
             scores = score_items(model, tokenizer, items, method)

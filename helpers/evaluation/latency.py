@@ -30,30 +30,24 @@ def time_decoding(
     median), `latency_ratio` (to the first method, median of the ratios within a round) and `cuda_peak_bytes`. One
     warm-up round; the order of the methods is drawn anew in each round, so that slow moments hit all alike.
     """
-    order = list(range(len(methods)))
-    times: list[list[list[float]]] = [[] for _ in methods]
-    peaks = [0] * len(methods)
-    shuffle = random.Random(seed)
     ids = ids[None, : prompt + steps]
+    order, shuffle = list(range(len(methods))), random.Random(seed)
+    times = np.zeros((len(methods), rounds + 1, ids.shape[1] - prompt))
+    peaks = [0] * len(methods)
     for turn in tqdm(range(rounds + 1), desc="latency", leave=False):
         for number in order:
             cached = methods[number].open(model)
             reset_peak(model.device)
             cached.read(ids[:, :prompt])
-            latency_ms = decode(cached, ids[:, prompt:], forced=True).latency_ms
+            times[number, turn] = decode(cached, ids[:, prompt:], forced=True).latency_ms
             peaks[number] = max(peaks[number], peak_allocated(model.device))
-            if turn:
-                times[number].append(latency_ms)
         shuffle.shuffle(order)
-    rows = []
-    base = [float(np.mean(turn)) for turn in times[0]]
-    for method, turns, peak in zip(methods, times, peaks, strict=True):
-        median, low, high = bootstrap_median(np.concatenate(turns))
-        ratio = float(np.median([np.mean(turn) / b for turn, b in zip(turns, base, strict=True)]))
-        row = {"method": method.name, "latency_ms": median, "latency_low": low, "latency_high": high}
-        # A median leaves out the steps that commit a block; the ratio is of means, which count them.
-        rows.append({**row, "latency_ratio": ratio, "cuda_peak_bytes": peak})
-    return pd.DataFrame(rows)
+    times = times[:, 1:]
+    table = pd.DataFrame({"method": [method.name for method in methods]})
+    table[["latency_ms", "latency_low", "latency_high"]] = [bootstrap_median(turns.ravel()) for turns in times]
+    # A median leaves out the steps that commit a block; the ratio is of means, which count them.
+    means = times.mean(-1)
+    return table.assign(latency_ratio=np.median(means / means[0], axis=1), cuda_peak_bytes=peaks)
 
 
 def controller_share(

@@ -66,7 +66,7 @@ class PolicyDriver(LogitsProcessor):
         self.features = TokenFeatures()  # of the same
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
         self.row_counts: list[TokenCounts] | None = None  # where rarity is wanted: counts of each row,
-        self.counted: list[torch.Tensor] = []  # and the committed token ids that they count, [B, tokens] each
+        self.committed_ids: list[torch.Tensor] = []  # and the committed token ids that they count, [B, tokens] each
         self.latest = TokenFeatures()  # of the tokens observed last
         self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
 
@@ -140,11 +140,11 @@ class PolicyDriver(LogitsProcessor):
         self.token_ids = None if self.token_ids is None else self.token_ids[:, :tail]
         self.features = self.features.slice(0, tail)
         self.chosen = [torch.cat(self.chosen, dim=1)[:, :committed]] if self.chosen else []
-        if self.counted:
-            known = torch.cat(self.counted, dim=1)
+        if self.committed_ids:
+            known = torch.cat(self.committed_ids, dim=1)
             for counts, row in zip(self.row_counts, known[:, committed:].tolist(), strict=True):
                 counts.forget(row)
-            self.counted = [known[:, :committed]]
+            self.committed_ids = [known[:, :committed]]
 
     def _commit_ready(self) -> None:
         if ready := self.cache.committable:
@@ -152,7 +152,7 @@ class PolicyDriver(LogitsProcessor):
             self._doubt_logits(features)
             self.cache.commit(self._choose(features, ready), ready, pending=bool(self.policy.steps))
             if self.row_counts is not None:
-                self.counted.append(self.token_ids[:, :ready])
+                self.committed_ids.append(self.token_ids[:, :ready])
             self.features = self.features.slice(ready, None)
             self.token_ids = self.token_ids[:, ready:]
             self._settle_ready()

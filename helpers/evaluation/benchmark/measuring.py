@@ -134,7 +134,7 @@ def _measure(
     together = len(methods) * plain_bytes(case, dtype) < free_memory(device) / 2
     keep = case.kind != "embedded" and together  # the short text of the embedded model would soon be a longer one
 
-    def open_run(method: BenchmarkMethod) -> AttentionRun | DecodeRun:
+    def open_run(method: BenchmarkMethod):
         if case.kind == "attention":
             layers, sweeps = sweep_layers(case, dtype), LONG_SWEEPS if case.context >= LONG else BLOCK
             sizes = (shape_config(case.shape), case.context, case.batch, device, dtype, layers, sweeps)
