@@ -85,8 +85,12 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
     print(f"\n\n{LINE}\n====== Evaluating Gated Generation on Test Prompts ======\n{LINE}")
 
     def show(rows: pd.DataFrame) -> None:
+        seconds, rouge = (rows.set_index("method")[column] for column in ("seconds", "rougeL"))
         print(f"\n--- Processing Prompt {rows['prompt'].iloc[0] + 1}/{settings.prompts} ---")
-        _print_prompt(rows)
+        times = (("Gated", GATED), ("Large Model", LARGE), ("Small Model", SMALL))
+        print(" | ".join(f"{name} Time: {seconds[method]:.2f}s" for name, method in times))
+        scores = (("Gated", GATED), ("Large", LARGE), ("Small", SMALL))
+        print(" | ".join(f"{name} ROUGE-L: {rouge[method]:.4f}" for name, method in scores))
 
     same_width = small.config.vocab_size == large.config.vocab_size
     table = evaluate_gate(
@@ -135,19 +139,6 @@ def _calibrate(
     if len(chosen) < texts:
         print(f"({len(chosen)} texts: all that there are)")
     return gate
-
-
-def _print_prompt(rows: pd.DataFrame) -> None:
-    """The lines of one prompt."""
-    gated, large, small = (rows.set_index("method").loc[method] for method in (GATED, LARGE, SMALL))
-    print(
-        f"Gated Time: {gated['seconds']:.2f}s | Large Model Time: {large['seconds']:.2f}s | "
-        f"Small Model Time: {small['seconds']:.2f}s"
-    )
-    print(
-        f"Gated ROUGE-L: {gated['rougeL']:.4f} | Large ROUGE-L: {large['rougeL']:.4f} | "
-        f"Small ROUGE-L: {small['rougeL']:.4f}"
-    )
 
 
 def _print_aggregate(table: pd.DataFrame, small: str, large: str) -> None:

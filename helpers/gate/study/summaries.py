@@ -60,24 +60,13 @@ def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.Da
     `usage`, `fidelity`, `rougeL` and `speedup` carry 95% bootstrap intervals over prompts (`_low`, `_high`).
     """
     ms, rows = summarise_methods(table)["ms_per_token"], []
-    large = table[table["method"] == LARGE].set_index("prompt")
     for name, gate in gates.items():
-        own = table[table["method"] == name].set_index("prompt")
-        speed = speed_against_ideal(table, name)
-        intervals = {
-            "usage": bootstrap_ratio(own["usage"] * own["tokens"], own["tokens"]),
-            "speedup": bootstrap_ratio(large["seconds"] / large["tokens"], own["seconds"] / own["tokens"]),
-            "fidelity": bootstrap_mean(own["fidelity"]),
-            "rougeL": bootstrap_mean(own["rougeL"]),
-        }
-        bounds = {
-            f"{of}_{side}": found[at] for of, found in intervals.items() for at, side in ((1, "low"), (2, "high"))
-        }
-        rows.append(
-            {"signal": gate.signal.name, "threshold": gate.threshold}
-            | speed
-            | own[["fidelity", *ROUGE_TYPES]].mean().to_dict()
-            | bounds
-            | {"ms_per_token": ms[name]}
-        )
+        own = table[table["method"].isin([name, LARGE])].replace({"method": {name: GATED}})
+        gated = own[own["method"] == GATED]
+        intervals = paired_intervals(own) | {"rougeL": bootstrap_mean(gated["rougeL"])}
+        row = {"signal": gate.signal.name, "threshold": gate.threshold} | speed_against_ideal(table, name)
+        row |= gated[["fidelity", *ROUGE_TYPES]].mean().to_dict()
+        for of, key in (("usage", "usage"), ("speedup", f"speedup vs {LARGE}"), ("fidelity",) * 2, ("rougeL",) * 2):
+            _, row[f"{of}_low"], row[f"{of}_high"] = intervals[key]
+        rows.append(row | {"ms_per_token": ms[name]})
     return pd.DataFrame(rows, index=pd.Index(gates, name="gate"))
