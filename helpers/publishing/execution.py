@@ -111,13 +111,9 @@ def publish_fast(path: Path, out: Path) -> Run:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "\n\n# fast run\n" + "\n".join(f"{name} = {value!r}" for name, value in overwrite.items())
     shutil.rmtree(out / "data", ignore_errors=True)
-    for source in (ROOT / "data").glob("*"):
-        target = out / "data" / source.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_file():
-            shutil.copy(source, target)
-        elif source.name == "controllers":
-            shutil.copytree(source, target)
+    shutil.copytree(ROOT / "data" / "controllers", out / "data" / "controllers")
+    for source in filter(Path.is_file, (ROOT / "data").iterdir()):
+        shutil.copy(source, out / "data")
     run = execute(notebook, path.name, path.parent, {FAST: str(out.resolve())})
     notebook.metadata["fast_run"] = True
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(FAST_MARK))
