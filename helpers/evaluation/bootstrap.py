@@ -12,31 +12,29 @@ Interval = tuple[float, float, float]  # value, low, high
 
 def bootstrap_mean(values: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
     """Mean of per-text `values` with its interval. Pass per-text differences for a paired comparison."""
-    return _bootstrap([values], lambda x: x.mean(-1), "values", resamples, level, seed)
+    return _bootstrap(values, lambda x: x.mean(-1), resamples, level, seed)
 
 
 def bootstrap_median(values: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Median of `values` with its interval."""
-    return _bootstrap([values], lambda x: np.median(x, -1), "values", resamples, level, seed)
+    return _bootstrap(values, lambda x: np.median(x, -1), resamples, level, seed)
 
 
 def bootstrap_ratio(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Ratio of the means of two per-text measures, texts drawn in pairs."""
-    what = "numerator and denominator"
-    return _bootstrap([numerator, denominator], lambda a, b: a.mean(-1) / b.mean(-1), what, resamples, level, seed)
+    return _bootstrap([numerator, denominator], lambda x: np.divide(*x.mean(-1)), resamples, level, seed, measures=2)
 
 
-def _bootstrap(samples: list, statistic: Callable, what: str, resamples: int, level: float, seed: int) -> Interval:
-    samples = [np.asarray(values, dtype=np.float64) for values in samples]
-    texts = samples[0].size
-    if not texts or any(values.shape != (texts,) for values in samples):
-        shapes = " and ".join(str(values.shape) for values in samples)
-        raise ValueError(f"{what} must hold one number a text each, got shape {shapes}")
-    draws = np.random.default_rng(seed).integers(texts, size=(resamples, texts))
-    low, high = np.quantile(statistic(*(values[draws] for values in samples)), [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(*samples)), float(low), float(high)
+def _bootstrap(values, statistic: Callable, resamples: int, level: float, seed: int, measures: int = 1) -> Interval:
+    """`statistic` of `values` `[texts]`, or `[measures, texts]`, with its interval; it works along the last axis."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != measures or not values.size:
+        raise ValueError(f"there must be one number a text each, got values of shape {values.shape}")
+    draws = np.random.default_rng(seed).integers(values.shape[-1], size=(resamples, values.shape[-1]))
+    low, high = np.quantile(statistic(values[..., draws]), [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(values)), float(low), float(high)
 
 
 def interval_columns(name: str, values: np.ndarray) -> dict[str, float]:

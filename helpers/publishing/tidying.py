@@ -47,43 +47,33 @@ def _tidy_outputs(outputs: list) -> list:
 
 def faults(notebook: NotebookNode) -> list[str]:
     """What keeps a notebook from being committed, each fault in one line."""
-    found = []
-    if notebook.metadata.get("fast_run") or any(FAST_MARK in cell.source for cell in notebook.cells):
-        found.append("is a fast run, whose numbers are no results")
-    if "widgets" in notebook.metadata:
-        found.append("keeps the state of widgets")
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
-        found.append("was not executed once, from first to last cell")
-    size = len(nbformat.writes(notebook).encode())
-    if size >= MAX_BYTES:
-        found.append(f"has {size} bytes, more than the {MAX_BYTES} that are shown well")
-    for number, cell in enumerate(notebook.cells):
-        for output in cell.get("outputs", []):
-            found += [f"cell {number} {fault}" for fault in _output_faults(output)]
     text = nbformat.writes(notebook)
-    for path in {str(ROOT), str(Path.home())} - {"/"}:
-        if re.search(re.escape(path) + r"\b", text):
-            found.append("names a folder of this machine")
-    return found
+    size = len(text.encode())
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    folders = {str(ROOT), str(Path.home())} - {"/"}
+    checks = {
+        "is a fast run, whose numbers are no results": notebook.metadata.get("fast_run")
+        or any(FAST_MARK in cell.source for cell in notebook.cells),
+        "keeps the state of widgets": "widgets" in notebook.metadata,
+        "was not executed once, from first to last cell": counts != list(range(1, len(counts) + 1)),
+        f"has {size} bytes, more than the {MAX_BYTES} that are shown well": size >= MAX_BYTES,
+        "names a folder of this machine": any(re.search(re.escape(path) + r"\b", text) for path in folders),
+    }
+    outputs = [(number, output) for number, cell in enumerate(notebook.cells) for output in cell.get("outputs", [])]
+    found = [f"cell {number} {fault}" for number, output in outputs for fault in _output_faults(output)]
+    return [fault for fault, present in checks.items() if present] + found
 
 
 def _output_faults(output: NotebookNode) -> list[str]:
-    found = []
     data = output.get("data", {})
     text = str(output.get("text", "")) + str(data.get("text/plain", ""))
-    if output.output_type == "error":
-        found.append("ends in an error")
-    if output.get("name") == "stderr":
-        found.append("writes to stderr")
-    if any("widget" in mime or "javascript" in mime for mime in data):
-        found.append("shows a widget or a script")
-    if re.search(r"<script|<iframe", str(data.get("text/html", ""))):
-        found.append("holds a script")
-    if re.search(r"\bat 0x[0-9a-f]{6,}", text):
-        found.append("prints an object's address")
-    if "image/svg+xml" in data:
-        found.append("shows an SVG, which GitHub may not")
-    if len(str(output)) > MAX_BYTES // 3:
-        found.append("has an output that takes a third of the notebook")
-    return found
+    checks = {
+        "ends in an error": output.output_type == "error",
+        "writes to stderr": output.get("name") == "stderr",
+        "shows a widget or a script": any("widget" in mime or "javascript" in mime for mime in data),
+        "holds a script": re.search(r"<script|<iframe", str(data.get("text/html", ""))),
+        "prints an object's address": re.search(r"\bat 0x[0-9a-f]{6,}", text),
+        "shows an SVG, which GitHub may not": "image/svg+xml" in data,
+        "has an output that takes a third of the notebook": len(str(output)) > MAX_BYTES // 3,
+    }
+    return [fault for fault, present in checks.items() if present]
