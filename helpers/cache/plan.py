@@ -42,10 +42,12 @@ class Demotion:
     """What is known of pending blocks at the moment they are settled, to choose by; `[L, B, H, slots]` each.
 
     Slots are in text order, `block` of them a block; `start` is the position of the first. The first dimension stands
-    for the model's `layers`: all of a store while decoding, one alone while a prompt is read.
+    for the `layers`, by number, of `all_layers` that are stored together: for all of them while a text is decoded,
+    for one alone while a prompt is read.
     """
 
-    layers: list[int]
+    layers: range
+    all_layers: int
     start: int
     block: int
     key_error: torch.Tensor  # squared error that the keys (of D numbers) would take on by moving to the lower width

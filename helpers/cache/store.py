@@ -19,7 +19,7 @@ from helpers.cache.plan import Demotion, Plan, Scores
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, take
 
-PORTION = 256  # tokens of a layer that are coded at once, so that what is made on the way stays small
+PORTION, PORTIONS = 256, 8  # a prompt is coded so many tokens, or such a part, at once: little is made on the way
 HELD = Stage(8, 8, pending=True)  # tokens of a prompt whose width is not chosen yet
 
 
@@ -108,7 +108,7 @@ class PackedStore:
         n = keys.shape[3]
         if plan is not None:
             self._expect(layout, plan, n // block, block)
-        portion = n if layer is None else max(1, PORTION // block) * block
+        portion = n if layer is None else max(PORTION, n // PORTIONS) // block * block or block
         total = 0
         for at in range(0, n, portion):
             part = slice(at, min(at + portion, n))
@@ -253,7 +253,8 @@ class PackedStore:
         if not keep:
             return replace(run, tokens=moved)
         received = None if run.tokens.received is None else run.tokens.received.float()
-        rank = scores(Demotion(self.layers[layers], run.first, run.size, key_error, value_error, received))
+        every = range(len(self.layers))
+        rank = scores(Demotion(every[layers], len(every), run.first, run.size, key_error, value_error, received))
         if rank.shape != tokens.token.shape:
             raise ValueError(
                 f"scores must have shape {list(tokens.token.shape)} (layers, rows, heads, tokens of the "

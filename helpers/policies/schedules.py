@@ -102,17 +102,12 @@ class AgeSchedule(Schedule):
         return demotion.received * (demotion.key_error + demotion.value_error)
 
     def _drawn(self, demotion: Demotion) -> torch.Tensor:
-        """Random scores: for each block and layer its own, whatever is settled together with it."""
+        """Random scores: a block draws the same, whichever blocks and layers are settled together with it."""
         _, rows, heads, slots = demotion.key_error.shape
+        size = demotion.all_layers, rows, heads, demotion.block
         starts = range(demotion.start, demotion.start + slots, demotion.block)
-        draws = [
-            [
-                np.random.default_rng((self.seed, self.text, at, layer)).random((rows, heads, demotion.block))
-                for at in starts
-            ]
-            for layer in demotion.layers
-        ]
-        return torch.from_numpy(np.array([np.concatenate(blocks, axis=-1) for blocks in draws]))
+        draws = [np.random.default_rng((self.seed, self.text, at)).random(size) for at in starts]
+        return torch.from_numpy(np.concatenate([draw[list(demotion.layers)] for draw in draws], axis=-1))
 
 
 # Commit width and steps of the two schedules that rankings are compared on; ages and shares were chosen on stories

@@ -1,0 +1,71 @@
+"""Peak bytes of a cache of any kind, by tracing every tensor that it makes.
+
+    with trace_cache(cache) as trace:
+        model.generate(**inputs, cache=cache)
+    trace.peak_bytes
+
+What counts is what the cache owns, what it makes while it works and what it hands to attention, each for as long as
+its memory is held. What one operation of PyTorch uses inside is not seen, for no cache. Slow: for bytes, not for times.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import Cache
+
+from helpers.cache import PackedKVCache
+from helpers.cache.peak import PeakBytes
+
+WORK = ("update", "commit", "commit_ready", "settle", "crop", "end_forward", "map_rows")  # methods that make tensors
+
+
+class CacheTrace(TorchDispatchMode):
+    """While entered, notes the memory behind the output of every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = PeakBytes()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest sum of memory that was held at one moment."""
+        return self.peak.bytes
+
+    def note(self, thing: object) -> None:
+        """Count the tensors inside `thing`, of which some may be of kinds that wrap others."""
+        for leaf in tree_leaves(thing):
+            if hasattr(leaf, "__tensor_flatten__"):
+                self.note([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+            elif isinstance(leaf, torch.Tensor):
+                self.peak.note(leaf)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.note(output)
+        return output
+
+
+@contextmanager
+def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
+    """Trace an empty cache while the block runs: everything that its methods make or return."""
+    trace, own = CacheTrace(), isinstance(cache, PackedKVCache)
+
+    def traced(method):
+        def call(*args, **kwargs):
+            with trace:
+                result = method(*args, **kwargs)
+            trace.note(result)
+            return result
+
+        return call
+
+    for name in WORK if own else ("update",):
+        setattr(cache, name, traced(getattr(cache, name)))
+    try:
+        yield trace
+    finally:
+        for name in WORK if own else ("update",):
+            delattr(cache, name)
