@@ -486,7 +486,7 @@ def test_out_of_memory_beside_an_unpacked_cache_offers_the_packed_one():
 def test_out_of_memory_in_the_gate(capsys, tiny_folder):
     tokenizer = make_tokenizer()
     small, large = make_model(tokenizer, 0), hungry(2, make_model(tokenizer, 1))
-    message = r"out of memory while reading \d+ token\(s\) after \d+: the cache of llama holds [\d,]+ bytes"
+    message = r"out of memory while reading \d+ token\(s\): the cache of llama holds [\d,]+ bytes"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         gated_generate(small, large, tokenizer, PROMPTS[0], EntropyGate(-1.0), 20)
     with pytest.raises(torch.OutOfMemoryError, match="max_new_tokens, the length of the prompt"):

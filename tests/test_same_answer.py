@@ -90,14 +90,14 @@ def test_the_same_seed_gives_the_same_tables_controllers_and_models(runs):
 
 
 def test_descriptions_differ_in_times_and_date_only(runs):
-    for name in ("collected.json", "controllers/seed.json", "controllers/costs.json", "gate.json"):
+    for name in ("collected.json", "controllers/imitation.json", "controllers/costs.json", "gate.json"):
         first, again = (json.loads((runs[run] / name).read_text()) for run in ("first", "again"))
         assert first.keys() == again.keys()
         assert {key for key in first if first[key] != again[key]} <= {"date", "speed"}, name
 
 
 def test_what_is_compared_are_no_constants(runs):
-    weights = load_file(runs["first"] / "controllers" / "seed.safetensors")
+    weights = load_file(runs["first"] / "controllers" / "imitation.safetensors")
     assert all(np.ptp(value) > 0 for name, value in weights.items() if name.endswith("weight"))
     collected = table(runs["first"], "collected.csv")
     assert collected["entropy"].nunique() > 100
