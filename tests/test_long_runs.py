@@ -17,7 +17,7 @@ from conftest import COMMON, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.cache.attention.dispatch import use_packed_attention
-from helpers.cache.bucket import MIN_GROWTH
+from helpers.cache.bucket import FIRST_SLOTS, SPARE_SHARE
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.plan import Step
 from helpers.policies.cached_model import CachedModel
@@ -91,18 +91,20 @@ def slots(length: int) -> dict[tuple[int, bool], int]:
 
 
 def predicted_bytes(length: int) -> tuple[float, float]:
-    """Bytes of the tokens in the cache, and with the spare room that its buckets may have."""
+    """Bytes of the tokens in the cache, and with the spare room that its tail and its buckets may have."""
     heads = LAYERS * KV_HEADS
     constant = heads * HEAD_DIM * 4 + HEAD_DIM**2 * 4  # centring vectors, rotation
     tail = heads * HEAD_DIM * 2 * 4
-    live, most = constant + length % BLOCK * tail, constant + 2 * BLOCK * tail
+    live, most = constant + length % BLOCK * tail, constant + BLOCK * tail
     for (bits, pending), count in slots(length).items():
         head = 2 * (HEAD_DIM * bits // 8 + 4) + 1  # keys and values: codes, float16 scale and zero; place in its block
         slot = heads * (head + 2 * pending) + 4  # attention received so far; where the block starts
         live += count * slot
-        # Buckets grow by an eighth; of what leaves at the front, up to half the buffer is given back late.
-        spare = 2 * MIN_GROWTH + (count + 3 * BLOCK) * 2 if pending else max(count / 8, MIN_GROWTH)
-        most += (count + spare + BLOCK) * slot
+        # A pending block has a segment of its own. Those of settled tokens have room for the next two blocks' share
+        # (at most `FIRST_SLOTS` slots) or for a part of what is held.
+        appended = BLOCK // 4 if bits == 4 else BLOCK * 3 // 4
+        spare = 0 if pending or not count else max(min(2 * appended, FIRST_SLOTS), count / SPARE_SHARE)
+        most += (count + spare) * slot
     return live, most
 
 
