@@ -34,7 +34,8 @@ class Accounting:
 
     def stored_bytes(self) -> int:
         """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
-        self.end_forward()
+        if self.is_whole:
+            self.end_forward()
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
         return sum(storages.values())
 

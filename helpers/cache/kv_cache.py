@@ -16,19 +16,20 @@ from transformers.cache_utils import Cache
 from helpers.cache.accounting import Accounting
 from helpers.cache.arguments import check_settings, refuse_unsupported, token_widths
 from helpers.cache.bucket import Bucket, Stage
-from helpers.cache.codec import CENTRE_TOKENS, Codec
+from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.finite import FiniteChecks
 from helpers.cache.layer import PackedLayer, PackedStates
 from helpers.cache.peak import PeakBytes
 from helpers.cache.plan import Plan, Scores, Step
+from helpers.cache.prompt import ReadsPrompts
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.store import PORTION, PackedStore
+from helpers.cache.store import PackedStore
 
 NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles them
 PACKED_ATTENTION = "packed_kv"  # the name under which transformers knows packed attention
 
 
-class PackedKVCache(Accounting, Cache):
+class PackedKVCache(ReadsPrompts, Accounting, Cache):
     """Key/value cache with packed, mixed-width storage for full-attention decoder models.
 
     Args:
@@ -69,14 +70,17 @@ class PackedKVCache(Accounting, Cache):
         self.stores: list[PackedStore] = []
         self.store_of: dict[int, tuple[PackedStore, int]] = {}  # of a layer: its store, and its place in there
         self.committed = self.held = 0  # tokens: packed at widths that were chosen; packed at 8 bits until they are
-        self.coming = 0  # tokens of the prompt that is being read that each layer commits; 0 where it is no prompt
+        self._clear_prompt()
         self.held_errors: list[torch.Tensor] = []  # of the held tokens, as of `tail_errors`, where they are recorded
-        self._real: torch.Tensor | None = None  # [B, tokens], of the prompt that is being read: False for padding
-        self._errors: list[torch.Tensor] = []  # of its tokens: sums over the heads of the layers that are done
         self.visible: torch.Tensor | None = None  # [B, tokens], False for padding; until the centre is fixed
         self.attention_variance: torch.Tensor | None = None  # [B, tokens of the last forward], if recorded
         self.checks = FiniteChecks()
         self.peak = PeakBytes()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy's tensors lie elsewhere: its peak begins with them."""
+        self.__dict__.update(state)
+        self.peak.note(*self.tensors())
 
     @property
     def reads_packed(self) -> bool:
@@ -100,75 +104,6 @@ class PackedKVCache(Accounting, Cache):
         if layout is not None and not held.packed_length:  # the store is there, but this layer is not in it yet
             store = layout = None
         return PackedStates(self, store, layout, layer, layer_idx, held.keys, held.values, held.tail_length)
-
-    def before_update(self, layer_idx: int, tokens: int) -> None:
-        """Called by each layer before it takes `tokens` new tokens: the moment to commit what is complete."""
-        if layer_idx == 0:
-            self._begin_forward(tokens)
-        elif self.coming:
-            self._commit_layer(layer_idx - 1)
-
-    def _begin_forward(self, tokens: int) -> None:
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"layers of the cache hold between {min(lengths)} and {max(lengths)} tokens: a forward was "
-                f"interrupted, or the model has fewer than {len(self.layers)} layers; reset the cache and use one per "
-                "model"
-            )
-        self.end_forward()
-        self.hands_out_packed = self.reads_packed  # asked once a forward: reading a configuration is slow
-        if self.plan is not None:
-            self.commit_ready()
-        # A few tokens are committed by all layers together, which is faster.
-        if tokens > 2 * self.block and (self.plan is not None or self.holds):
-            self.coming = -1  # not counted yet: which tokens are padding is known once the first layer has attended
-
-    def _commit_layer(self, layer_idx: int) -> None:
-        """Commit what is complete in one layer of a prompt, whose attention is done: the next one has begun."""
-        if self.coming < 0:
-            self.coming = self.committable
-            self._real = None if self.visible is None else self._real_tokens()
-        if not self.coming:
-            return
-        layer, first = self.layers[layer_idx], self.committed + self.held
-        store, at = self._store_with(layer_idx)
-        keys, values = (x[None, :, :, : self.coming] for x in (layer.keys, layer.values))
-        received = None
-        if self.record_received and self.plan is not None and self.plan.steps:
-            received = layer.tail_received(self.coming)[None]
-        if self.plan is None and self.record_errors:
-            self._note_errors((store.key, store.value), at, [keys, values])
-        total = store.commit(keys, values, first, self.block, self.plan, received=received, layer=at)
-        self._expect_finite(total, first, self.coming)
-        layer.drop_front(self.coming)
-
-    def end_forward(self) -> None:
-        """Commit the last layer of a prompt, once its attention is done, or whoever comes next asks for it."""
-        if not self.coming:
-            return
-        self._commit_layer(len(self.layers) - 1)
-        coming, self.coming = self.coming, 0
-        if not coming:
-            return
-        self.visible = self._real = None
-        if self.plan is not None:
-            self.committed += coming
-        else:
-            self.held += coming
-            heads = sum(layer.keys.shape[1] for layer in self.layers)
-            known = self.held_errors or [errors[:, :0] for errors in self._errors]
-            self.held_errors = [torch.cat([x, y / heads], dim=1) for x, y in zip(known, self._errors, strict=True)]
-            self._errors = []
-        self.checks.read()
-
-    def _note_errors(self, codecs: tuple[Codec, Codec], at: int, states: list[torch.Tensor]) -> None:
-        """Add what the tokens of one layer of a prompt would lose at 2 bits to the sums over its heads."""
-        sums = []
-        for codec, x in zip(codecs, states, strict=True):
-            parts = [codec.relative_error(part, 2, slice(at, at + 1))[0].sum(1) for part in x.split(PORTION, dim=3)]
-            sums.append(torch.cat(parts, dim=1))
-        self._errors = [x + y.to(x.device) for x, y in zip(self._errors, sums, strict=True)] if self._errors else sums
 
     @property
     def tail_length(self) -> int:
@@ -218,9 +153,10 @@ class PackedKVCache(Accounting, Cache):
         widths, tokens = token_widths(bits, rows, tokens, pending)
         ready = self.undecided
         tokens = ready if tokens is None else tokens
-        if not 0 <= tokens <= ready or tokens % self.block:
+        held = min(self.held, tokens)  # of which a crop may have left a part of a block
+        if not 0 <= tokens <= ready or (tokens - held if held == self.held else tokens) % self.block:
             raise ValueError(f"tokens must be a multiple of block ({self.block}) up to {ready}, got {tokens}")
-        if held := min(self.held, tokens):
+        if held:
             if pending:
                 raise ValueError("pending blocks are committed from the tail; these tokens are held at 8 bits")
             each = widths[:, :held] if isinstance(widths, np.ndarray) else np.full((rows, held), widths[0])
@@ -351,26 +287,6 @@ class PackedKVCache(Accounting, Cache):
         self.stores.append(store)
         self.store_of |= {i: (store, at) for at, i in enumerate(members)}
         return store
-
-    def _store_with(self, layer_idx: int) -> tuple[PackedStore, int]:
-        """The store of a layer of a prompt and its place in there; a layer's first tokens centre it.
-
-        Later layers are not known yet when the first is committed: they are taken to be like it until one is not.
-        """
-        layer = self.layers[layer_idx]
-        if layer_idx in self.store_of:
-            store, at = self.store_of[layer_idx]
-            if self.layers[store.layers[0]].kind != layer.kind:
-                members = store.layers[at:]
-                store.keep_layers(at)
-                store, at = self._make_store(members), 0
-        else:
-            store, at = self._make_store(list(range(layer_idx, len(self.layers)))), 0
-        if self.quantizer == "rotated" and not layer.packed_length:
-            real = None if self._real is None else self._real.to(store.device)
-            tokens = CENTRE_TOKENS if real is None else real.shape[1]
-            store.key.set_centre(layer.keys[None, :, :, :tokens], real, slice(at, at + 1), len(store.layers))
-        return store, at
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -183,6 +183,7 @@ class PackedLayer(CacheLayerMixin):
     def _map(self, change) -> None:
         self.keys, self.values = change(self.keys), change(self.values)
         self.received = None if self.received is None else change(self.received)
+        self.cache.peak.note(*(x for x in (self.keys, self.values, self.received) if x is not None))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace the rows of the tail by the rows `beam_idx`."""

@@ -273,6 +273,7 @@ class PackedStore:
         layout.changed()
         for _, segment in layout.segments():
             segment.buffers = segment.buffers.map(lambda x: x[:count].clone())
+            self.note(*segment.buffers.named().values())
         self.layers, self.layouts, self._made = self.layers[:count], [layout] * count, []
         if self.key.centre is not None:
             self.key.centre = self.key.centre[:count].clone()
@@ -311,6 +312,7 @@ class PackedStore:
             codec.centre = None if codec.centre is None else codec.centre.to(device)
         if shared:
             self.value.rotation = self.key.rotation
+        self.note(*self.tensors())
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that this store owns; one that is shared may come more than once."""
