@@ -281,6 +281,8 @@ def test_heads_that_do_not_fill_bytes(bits):
 class Saying(FixedBits):
     """A policy that gives whatever it was told to."""
 
+    plan = None
+
     def widths(self, features, batch, tokens):
         return ANSWERS[self.said](batch, tokens)
 

@@ -1,5 +1,7 @@
 """The driver in `generate()`, decoding and scoring, over every policy."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import left_padded, random_ids, tiny_model
@@ -49,9 +51,13 @@ def test_generate_with_every_policy(family, policy, mode, lengths):
     else:
         assert len(widths.unique()) > 1
     store = cache.stores[0]
-    for stage, bucket in store.layout.buckets.items():
-        held = sum((segment.held(0).token[:, 0] != 255).sum(-1) for segment in bucket.segments)
-        assert held.tolist() == (widths[:, :56] == stage.key_bits).sum(-1).tolist()
+    held = Counter()
+    for stage, segment in store.layout.segments():
+        held[stage.key_bits] += (segment.held(0).token[:, 0] != 255).sum(-1)
+    assert not any(stage.pending for stage, _ in store.layout.segments())
+    for bits, tokens in held.items():
+        assert tokens.tolist() == (widths[:, :56] == bits).sum(-1).tolist()
+    assert sum(held.values()).tolist() == [56] * len(lengths)
 
 
 @pytest.mark.parametrize("policy", BLIND)
@@ -186,6 +192,8 @@ def test_rarity_reaches_the_policy_from_the_given_counts():
 
 def test_wrong_widths_of_a_policy_are_refused():
     class Wrong(FixedBits):
+        plan = None
+
         def widths(self, features, batch, tokens):
             return torch.full((batch, tokens + 1), 4)
 
@@ -271,7 +279,7 @@ def test_assisted_generation_crops_the_packed_cache():
     assert out.shape == expected.shape
 
 
-class EverythingRead(AgeSchedule):
+class EverythingRead(FixedBits):
     """Reads features that the driver must keep in step with the cache."""
 
     needs = ("entropy", "surprisal", "rarity")
@@ -283,7 +291,7 @@ class EverythingRead(AgeSchedule):
 
 
 def everything_read(commit=8):
-    policy = EverythingRead(commit, (Step(1, 4), Step(2, 2, keep=0.5)), ranking="random")
+    policy = EverythingRead(commit)
     object.__setattr__(policy, "seen", [])
     return policy
 
@@ -354,3 +362,12 @@ def test_a_crop_says_what_it_needs():
         driver.crop(3)
     with pytest.raises(ValueError, match="tokens must lie between 0 and 20, which are read, got 21"):
         driver.crop(21)
+
+
+def test_a_schedule_that_reads_features_is_refused():
+    class Curious(AgeSchedule):
+        needs = ("entropy",)
+
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="goes by age alone and cannot read entropy"):
+        PolicyDriver(model, PackedKVCache(model.config), Curious(8, (Step(1, 4),)))

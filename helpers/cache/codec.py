@@ -51,8 +51,14 @@ class Codec:
         self.rotation = rotation
         self.centre: torch.Tensor | None = None  # [L, B, H, D]
 
-    def set_centre(self, states: torch.Tensor, real: torch.Tensor | None, layers: slice, count: int) -> None:
-        """Fix the centring vectors of the layers `layers` of `count`, of which `states` are.
+    def set_centre(
+        self,
+        states: torch.Tensor,
+        real: torch.Tensor | None = None,
+        layers: slice = slice(None),
+        count: int | None = None,
+    ) -> None:
+        """Fix the centring vectors of the layers `layers` of `count` (default: of all), of which `states` are.
 
         They are a share of the mean of the first `CENTRE_TOKENS` tokens that are no padding; `real` `[B, n]` is False
         for padding, and None where there is none.
@@ -63,7 +69,7 @@ class Codec:
         weights = (real & (real.cumsum(-1) <= CENTRE_TOKENS)).to(self.dtype)
         mean = torch.einsum("lbhnd,bn->lbhd", states.to(self.dtype), weights) / weights.sum(-1)[None, :, None, None]
         if self.centre is None:
-            self.centre = mean.new_zeros(count, *mean.shape[1:])
+            self.centre = mean.new_zeros(count or len(mean), *mean.shape[1:])
             self.note(self.centre)
         self.centre[layers] = CENTRE_SHARE * mean
 

@@ -54,7 +54,10 @@ class PolicyDriver(LogitsProcessor):
                 raise ValueError(f"{what} needs packed attention: call use_packed_attention(model) first")
             if wanted:
                 setattr(cache, flag, True)
-        cache.plan, cache.holds = policy.plan, policy.plan is None
+        self.plan = None if policy.needs else policy.plan  # what reads features is asked for every width
+        if policy.needs and policy.plan is not None and policy.plan.steps:
+            raise ValueError(f"{policy.name}: a schedule goes by age alone and cannot read {', '.join(policy.needs)}")
+        cache.plan, cache.holds = self.plan, self.plan is None
         cache.record_errors = bool(self.wanted & {"key_error", "value_error"})
         note = f"; '{policy.name}' reads logits token by token and cannot follow beam search"
         cache.rows_note = note if policy.needs else ""
@@ -148,10 +151,10 @@ class PolicyDriver(LogitsProcessor):
             self.committed_ids = [known[:, :committed]]
 
     def _commit_ready(self) -> None:
-        if self.policy.plan is not None:
+        if self.plan is not None:
             self.cache.commit_ready()
             if done := self.cache.committed - sum(widths.shape[1] for widths in self.chosen):
-                average = sum(self.policy.plan.pair) / 2
+                average = sum(self.plan.pair) / 2
                 self.chosen.append(torch.full((self.token_ids.shape[0], done), average))
                 self.features = self.features.slice(done, None)
                 self.token_ids = self.token_ids[:, self.token_ids.shape[1] - self.cache.tail_length :]
