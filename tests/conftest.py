@@ -49,10 +49,17 @@ def tiny_config(family: str, head_dim: int = 32, layers: int = 2):
     return AutoConfig.for_model(family, **COMMON, **sizes, **FAMILIES[family])
 
 
-def tiny_model(family: str, head_dim: int = 32, dtype: torch.dtype = torch.float32, packed: bool = True, seed: int = 0):
+def tiny_model(
+    family: str,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = True,
+    seed: int = 0,
+    layers: int = 2,
+):
     """A random model with weights large enough for attention to be far from even."""
     torch.manual_seed(seed)
-    config = tiny_config(family, head_dim)
+    config = tiny_config(family, head_dim, layers)
     config.initializer_range = 0.9 / (4 * head_dim) ** 0.5
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
     model.generation_config.eos_token_id = None
