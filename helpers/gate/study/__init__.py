@@ -1,5 +1,9 @@
 """What the gate gains and costs: against each model alone and assisted generation, its signals against random calls.
 
+*Usage* is the share of the tokens that the large model writes, *fidelity* how close a gated text comes to the one that
+the large model writes alone (ROUGE-L, 1 where they are the same), the *oracle* the gate that knows the large model's
+choices.
+
 Read `evaluation` first. Its tables are summed up in `summaries` and `sweep`; `report`, `fidelity` and `benchmark` are
 the commands of `main.py`, `parts` says where the time goes, `caches` puts packed caches under the large model.
 """

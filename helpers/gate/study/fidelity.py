@@ -1,4 +1,4 @@
-"""What a signal is worth: how close gated text comes to the large model's own, against random calls as often.
+"""What a signal is worth: how close gated text comes to the large model's (fidelity), against random calls as often.
 
     python main.py gate-fidelity
 
