@@ -18,10 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from helpers.gate.gate import EntropyGate
 from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
-from helpers.gate.reading import CacheFactory, TextReader
 from helpers.gate.signals import random_stream
 from helpers.gate.text import LARGE, SMALL, Generated
-from helpers.gate.writing import Sampler, TokenStream
+from helpers.gate.writing import CacheFactory, Sampler, TextReader, TokenStream
 from helpers.policies.decoding import synchronise
 
 
