@@ -113,7 +113,7 @@ def train(
     checkpoint_every: int = 500,
     stop_after: int | None = None,
 ) -> dict[str, object]:
-    """Train a model and save it, its tokenizer, `training.json` and its card in `out`; return the content of that file.
+    """Train a model and save it, its tokenizer, card and `training.json` in `out`; return the content of the last.
 
     `out/checkpoint` holds the last checkpoint until the run is complete. `stop_after` ends the run early, as an
     interruption would. Raises `ValueError` where the text is too short for one batch, or where a checkpoint of
