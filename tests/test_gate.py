@@ -22,20 +22,17 @@ from helpers.gate.calibration import text_signals
 from helpers.gate.correction import correct_by_bisection, measure_usage
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
-from helpers.gate.prompts import check_same_tokens, prompt_ids
+from helpers.gate.prompts import check_same_tokens, fit_prompts, prompt_ids, sample_articles
 from helpers.gate.signals import SIGNALS
 from helpers.gate.study.baselines import plain_generate
-from helpers.gate.study.caches import evaluate_large_caches
-from helpers.gate.study.evaluation import METHODS, evaluate_gate
-from helpers.gate.study.prompts import fit_prompts, sample_articles
+from helpers.gate.study.evaluation import METHODS, evaluate_gate, evaluate_large_caches
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_gates, summarise_methods
 from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
 from helpers.io.paths import ROOT
-from helpers.models.articles import load_articles, load_paragraphs
-from helpers.models.fingerprint import fingerprint
-from helpers.models.loading import load_model, placement
+from helpers.models.loading import fingerprint, load_model, placement
 from helpers.models.presets import PRESETS
+from helpers.models.stories import load_articles, load_paragraphs
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.rules import EntropyRule, FixedBits

@@ -25,7 +25,7 @@ from helpers.gate.study.fidelity import (
     measure_fidelity,
     summarise_fidelity,
 )
-from helpers.gate.study.parts import ForwardTimes, ideal_with_prompt, parts_against_ideal, time_parts
+from helpers.gate.study.parts import forward_times, ideal_with_prompt, parts_against_ideal, time_parts
 from helpers.gate.study.sweep import gains_over_random
 from helpers.gate.text import LARGE, SMALL
 from helpers.io.paths import ROOT
@@ -142,11 +142,11 @@ def test_the_gate_of_a_fixed_share_fires_at_it_and_the_same_way_again(pair):
 
 def test_the_parts_of_a_gated_token_add_up(pair):
     small, large = pair[:2]
-    with ForwardTimes(small=small, large=large) as times:
+    with forward_times(small=small, large=large) as times:
         result = gated_generate(*pair, PROMPTS[0], FixedShareGate(usage=0.3), 20)
-    assert len(times.seconds["small"]) == 20
-    assert len(times.seconds["large"]) == result.large_calls
-    assert 0 < sum(times.seconds["small"]) + sum(times.seconds["large"]) < result.seconds
+    assert len(times["small"]) == 20
+    assert len(times["large"]) == result.large_calls
+    assert 0 < sum(times["small"]) + sum(times["large"]) < result.seconds
     assert not small._forward_hooks
     assert not small._forward_pre_hooks
     parts = time_parts(pair, PROMPTS, FixedShareGate(usage=0.3), 20, rounds=1)

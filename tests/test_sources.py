@@ -12,12 +12,11 @@ from conftest import random_ids
 
 from helpers.io.paths import ROOT
 from helpers.models import hub
-from helpers.models.articles import load_articles
 from helpers.models.hub import HubError, fetch_model
 from helpers.models.items import load_multiple_choice, sample_texts
 from helpers.models.loading import choose_device, load_model
 from helpers.models.presets import PRESETS, get_preset
-from helpers.models.stories import load_stories, read_stories, split_holdout
+from helpers.models.stories import load_articles, load_stories, read_stories, split_holdout
 from helpers.models.tokens import encode, pack_tokens
 
 ITEM = {"ind": 4, "ctx": "A dog runs. ", "endings": ["It barks.", "It flies."], "label": "0"}

@@ -1,4 +1,4 @@
-"""The threshold that gives a wanted usage, found on what the gate itself writes."""
+"""The threshold that gives a wanted usage (the large model's share of the tokens), found on what the gate writes."""
 
 import math
 from dataclasses import replace
@@ -45,8 +45,9 @@ def correct_by_bisection(
 ) -> EntropyGate:
     """The gate with the threshold at which the large model writes `target_usage` of the tokens on these prompts.
 
-    Starts from the gate's own threshold and halves the bracket until usage is within `tolerance` of the target or
-    `rounds` generations of all prompts were made; the best threshold met wins. Use prompts that the evaluation does
+    Starts from the gate's own threshold, then tries the quantile of the signals just seen, and bisects where that
+    leaves the bracket of thresholds known to be too low and too high; until usage is within `tolerance` of the target
+    or `rounds` generations of all prompts were made. The best threshold met wins. Use prompts that the evaluation does
     not use. With a rollback, tokens that it puts in count as the large model's, and a low target may be out of reach.
     """
     check_usage(target_usage)
@@ -68,8 +69,7 @@ def correct_by_bisection(
             low = max(low, threshold)
         else:
             high = min(high, threshold)
-        # The quantile of what was just seen is close already; where it leaves the bracket, halve that.
         threshold = float(np.quantile(signals, 1 - target_usage))
-        if not low < threshold < high:
+        if not low < threshold < high:  # bisect, or where there is no upper end yet go up by 1
             threshold = (max(low, 0.0) + (high if math.isfinite(high) else max(low, 0.0) + 2.0)) / 2
     return best

@@ -6,8 +6,8 @@
 
 Both models keep caches. The large one is idle until the gate fires; then it *catches up*: it reads all tokens that it
 has not seen in one forward, and writes the next one. With a *rollback* it judges them as well, and may take some back.
-*Usage* is the share of the tokens that it writes: with usage p and cost ratio c (small to large, per token) no gate
-can be faster than `1 / (c + p)` times the large model. One text at a time.
+With *usage* p, the share of the tokens that it writes, and cost ratio c (small to large, per token) no gate can be
+faster than `1 / (c + p)` times the large model. One text at a time.
 """
 
 import math
@@ -18,10 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from helpers.gate.gate import EntropyGate
 from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
-from helpers.gate.reading import CacheFactory, TextReader
 from helpers.gate.signals import random_stream
 from helpers.gate.text import LARGE, SMALL, Generated
-from helpers.gate.writing import Sampler, TokenStream
+from helpers.gate.writing import CacheFactory, Sampler, TextReader, TokenStream
 from helpers.policies.decoding import synchronise
 
 
@@ -71,26 +70,13 @@ def gated_generate(
             logits = writer.catch_up(written)[0]
             if keeps_predictions:
                 predictions.append(logits)
-            verdicts = expert.catch_up(written) if gate.signal.needs_large else None
-            value = gate.signal.value(logits, None if verdicts is None else verdicts[0], draw)
+            large_logits = expert.catch_up(written) if gate.signal.needs_large else None
+            value = gate.signal.value(logits, None if large_logits is None else large_logits[0], draw)
             _check_number(value, len(written))
             fired = gate.fires(value)
             result.signal.append(value)
             if fired:
-                result.large_calls += 1
-                if verdicts is None:
-                    judged = 0 if gate.rollback is None else min(expert.unread(written) - 1, len(written))
-                    verdicts = expert.catch_up(written, judged + 1)
-                stands = standing(verdicts, written, gate.rollback)
-                if excess := len(written) - stands:
-                    result.rollbacks += 1
-                    result.discarded += excess
-                    writer.take_back(excess, predictions[stands][None] if keeps_predictions else None)
-                    expert.take_back(excess, verdicts[-1 - excess][None])
-                    for kept, length in ((written, stands), (authors, stands), (result.signal, stands + 1)):
-                        del kept[length:]
-                    del predictions[stands + 1 :]
-                logits = verdicts[-1 - excess]
+                logits = _ask_large(expert, large_logits, gate.rollback, writer, predictions, result)
             written.append(choose(logits))
             authors.append(LARGE if fired else SMALL)
             if fired or gate.rollback is None:
@@ -102,13 +88,44 @@ def gated_generate(
     return result
 
 
-def standing(verdicts: torch.Tensor, written: list[int], rollback: float | None) -> int:
+def _ask_large(
+    expert: TextReader,
+    large_logits: torch.Tensor | None,
+    rollback: float | None,
+    writer: TextReader,
+    predictions: list[torch.Tensor],
+    result: Generated,
+) -> torch.Tensor:
+    """What the large model (`expert`) predicts for the next token, `[vocabulary]`, after a rollback if one is due.
+
+    `large_logits` `[1, vocabulary]` are its prediction where the signal has asked it already. A rollback shortens
+    the lists of `result`, both models' texts, and the small model's (`writer`) `predictions`, if they are kept.
+    """
+    written = result.token_ids
+    result.large_calls += 1
+    if large_logits is None:
+        to_judge = 0 if rollback is None else min(expert.unread(written) - 1, len(written))
+        large_logits = expert.catch_up(written, to_judge + 1)
+    kept = standing(large_logits, written, rollback)
+    if taken_back := len(written) - kept:
+        result.rollbacks += 1
+        result.discarded += taken_back
+        writer.take_back(taken_back, predictions[kept][None] if predictions else None)
+        expert.take_back(taken_back, large_logits[-1 - taken_back][None])
+        for of_written in (written, result.authors):
+            del of_written[kept:]
+        for of_steps in (result.signal, predictions):  # the step that asked is among them
+            del of_steps[kept + 1 :]
+    return large_logits[-1 - taken_back]
+
+
+def standing(large_logits: torch.Tensor, written: list[int], rollback: float | None) -> int:
     """How many of the tokens stand when the large model's predictions `[n, vocabulary]` judge the last n - 1."""
-    judged = verdicts.shape[0] - 1
+    judged = large_logits.shape[0] - 1
     if rollback is None or not judged:
         return len(written)
-    log_p = verdicts[:-1].to(torch.promote_types(verdicts.dtype, torch.float32)).log_softmax(-1)
-    tokens = torch.tensor(written[-judged:], device=verdicts.device)
+    log_p = large_logits[:-1].to(torch.promote_types(large_logits.dtype, torch.float32)).log_softmax(-1)
+    tokens = torch.tensor(written[-judged:], device=large_logits.device)
     bits = log_p.gather(-1, tokens[:, None])[:, 0] / -math.log(2)
     too_surprising = (bits > rollback).tolist()
     return len(written) - judged + (too_surprising.index(True) if True in too_surprising else judged)

@@ -1,6 +1,8 @@
 """Signals: how unsure the small model is of the next token, as numbers that a gate compares with its threshold.
 
-The two controls, `random` and `oracle`, are members of the same family. Knows nothing of gates or generation.
+Entropy is in bits here, while the features and rules of `helpers.policies` count in nats (1 nat = 1.44 bits). Two
+controls are members of the same family: `random`, and the *oracle*, which knows what the large model would choose.
+Knows nothing of gates or generation.
 """
 
 import math
@@ -42,7 +44,7 @@ def _probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Entropy(Signal):
-    """Entropy of the next-token distribution in bits."""
+    """Entropy of the next-token distribution in bits (`TokenFeatures.entropy`, which the rule reads, is in nats)."""
 
     name = "entropy"
 

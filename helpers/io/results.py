@@ -61,6 +61,13 @@ def write_table(
         write_json(Path(path).with_suffix(".json"), about | provenance())
 
 
+def write_filled(path: str | Path, template: str | Path, **fields: object) -> None:
+    """Write the text file `template` with its `{fields}` filled in as `path`, atomically."""
+    content = Path(template).read_text(encoding="utf-8").format(**fields)
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
 def key_hash(key: object) -> str:
     """A hash of anything that JSON can hold: equal keys, equal hash."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -3,15 +3,13 @@
 Knows nothing of policies or measurements. Models are loaded ready for packed attention (`helpers.cache`).
 """
 
-from helpers.models.articles import Article, load_articles, load_paragraphs
-from helpers.models.fingerprint import fingerprint
 from helpers.models.hub import HubError
 from helpers.models.items import MultipleChoice, load_multiple_choice, sample_items, sample_texts
-from helpers.models.loading import choose_device, load_model, placement
+from helpers.models.loading import choose_device, fingerprint, load_model, placement
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.presets import PRESETS, Preset, get_preset
 from helpers.models.shapes import SHAPES, random_model, shape_config, weight_count
-from helpers.models.stories import load_stories, read_stories, split_holdout
+from helpers.models.stories import Article, load_articles, load_paragraphs, load_stories, read_stories, split_holdout
 from helpers.models.tokens import check_context, check_not_empty, encode, pack_tokens
 
 __all__ = [

@@ -1,5 +1,7 @@
 """Loading a causal language model with its tokenizer, from a folder or from the hub, onto the device that suits it."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -75,3 +77,18 @@ def placement(model: PreTrainedModel) -> torch.device | dict[str, object]:
     """Where a model's weights are: the device, or the map from modules to devices where there are several."""
     spread = getattr(model, "hf_device_map", None) or {}
     return dict(spread) if len(set(spread.values())) > 1 else model.device
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's configuration, dtype and a sample of every weight: other weights, other hash.
+
+    By it, results that are kept in a file are not taken for another model's.
+    """
+    config = model.config.to_diff_dict()
+    config = {name: x for name, x in config.items() if name != "transformers_version" and not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
 """Records of a JSONL file or of a hub data set, each checked as it is read; a local file wins over the hub.
 
-What a record holds is told by `items`, `stories` and `articles`.
+What a record holds is told by `items` and `stories`.
 """
 
 import gzip

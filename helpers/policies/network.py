@@ -101,11 +101,11 @@ class _Foreign(Exception):
 
 def _check_shapes(file: safe_open, features: tuple[str, ...], hidden: tuple[int, ...], outputs: int) -> None:
     """Raise `_Foreign` unless an open file holds exactly the float32 tensors of a network of these sizes."""
-    sizes = [len(features), *hidden, outputs]
+    found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    sizes = [len(features), *hidden, outputs][: len(found) + 2]  # more layers than tensors do not fit in any case
     expected = {"mean": [len(features)], "scale": [len(features)]}
     for number, (wide, narrow) in enumerate(pairwise(sizes)):
         expected |= {f"layers.{2 * number}.weight": [narrow, wide], f"layers.{2 * number}.bias": [narrow]}
-    found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     for key in sorted(expected.keys() | found.keys()):
         there = [found[key].get_dtype(), found[key].get_shape()] if key in found else "nothing"
         wanted = ["F32", expected[key]] if key in expected else "nothing"

@@ -12,8 +12,7 @@ from helpers.training.costs import COST_COLUMNS, load_or_measure_costs, measure_
 from helpers.training.cross_validation import cross_fit, cross_validate_settle, held_out, shuffled_drops
 from helpers.training.exact import exact_costs
 from helpers.training.fisher import fisher_costs, head_costs
-from helpers.training.settle import train_settle
-from helpers.training.settle_examples import SETTLE_LABEL, SettleExamples, settle_examples
+from helpers.training.settle import SETTLE_LABEL, SettleExamples, settle_examples, train_settle
 from helpers.training.table import ASSIGNMENT_COLUMNS, check_training_data, read_training_data, summarise
 
 __all__ = [

@@ -7,13 +7,12 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel
 
-from helpers.io import atomic_path
+from helpers.io import write_filled
 from helpers.policies import SCHEDULES, AgeSchedule
 from helpers.training.commit import commit_tasks, save_commit, train_commit
 from helpers.training.costs import load_or_measure_costs
 from helpers.training.fitting import History
-from helpers.training.settle import train_settle
-from helpers.training.settle_examples import SETTLE_LABEL, settle_examples
+from helpers.training.settle import SETTLE_LABEL, settle_examples, train_settle
 
 CARD = Path(__file__).parent / "cards" / "controllers.md"
 
@@ -56,6 +55,4 @@ def write_controller_card(folder: str | Path) -> None:
         row = {"controller": f"`{path.stem}`", "reads": ", ".join(about["features"])}
         row["hidden layers"] = " x ".join(map(str, about["hidden"])) or "none"
         rows.append(row | {"label": about["label"], "trained for model": about["model"]})
-    content = CARD.read_text(encoding="utf-8").format(table=pd.DataFrame(rows).to_markdown(index=False))
-    with atomic_path(Path(folder) / "README.md") as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    write_filled(Path(folder) / "README.md", CARD, table=pd.DataFrame(rows).to_markdown(index=False))

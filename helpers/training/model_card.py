@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from helpers.evaluation import bootstrap_mean, score_items
-from helpers.io import atomic_path, provenance, write_json
+from helpers.io import provenance, write_filled, write_json
 from helpers.models import MultipleChoice, load_model, read_stories, split_holdout
 from helpers.policies import CachedModel, decode
 from helpers.training.pretraining import bits_per_byte
@@ -81,7 +81,9 @@ def write_pair_card(folder: Path, measured: dict[str, object]) -> None:
         }
     shown = (" ".join(text.split()) for text in measured["samples"])
     gain = {name: [100 * x for x in interval] for name, interval in measured["large_minus_small"].items()}
-    content = CARD.read_text(encoding="utf-8").format(
+    write_filled(
+        folder / "README.md",
+        CARD,
         **columns,
         samples="\n\n".join(f"**Seed {seed}.** {text}" for seed, text in zip(SAMPLE_SEEDS, shown, strict=True)),
         gain={name: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval) for name, interval in gain.items()},
@@ -90,6 +92,4 @@ def write_pair_card(folder: Path, measured: dict[str, object]) -> None:
         temperature=TEMPERATURE,
         sample_tokens=SAMPLE_TOKENS,
     )
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(content, encoding="utf-8")
     write_json(folder / "measured.json", measured)

@@ -21,12 +21,11 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from helpers.io import provenance, write_json, write_table
-from helpers.io.atomic import atomic_files, atomic_path, remove_folder
+from helpers.io import provenance, write_filled, write_json, write_table
+from helpers.io.atomic import atomic_files, remove_folder
 from helpers.io.processes import on_cpu
 from helpers.models import load_stories, read_stories, split_holdout
 from helpers.training.checkpoints import load_checkpoint, read_log, save_checkpoint
-from helpers.training.optimizers import build_optimizers, learning_rate_factor
 from helpers.training.settings import PretrainOptions, TrainingSettings
 from helpers.training.tokenizer import encode_stories, train_tokenizer
 
@@ -50,6 +49,24 @@ def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) 
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def learning_rate_factor(step: int, settings: TrainingSettings) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizers(model: torch.nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
+        torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay),
+    ]
 
 
 def batch_sequences(tokens: np.ndarray, settings: TrainingSettings, step: int) -> np.ndarray:
@@ -96,7 +113,7 @@ def train(
     checkpoint_every: int = 500,
     stop_after: int | None = None,
 ) -> dict[str, object]:
-    """Train a model and save it, its tokenizer and `training.json` in `out`; return the content of that file.
+    """Train a model and save it, its tokenizer, card and `training.json` in `out`; return the content of the last.
 
     `out/checkpoint` holds the last checkpoint until the run is complete. `stop_after` ends the run early, as an
     interruption would. Raises `ValueError` where the text is too short for one batch, or where a checkpoint of
@@ -172,17 +189,10 @@ def train(
             bare.to(torch.float16).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         write_json(out / "training.json", result)
-        write_training_card(out, result)
+        write_filled(out / "README.md", CARD, **result, minutes=result["seconds"] / 60)
         remove_folder(checkpoint)
     accelerator.wait_for_everyone()
     return result
-
-
-def write_training_card(out: Path, result: dict) -> None:
-    """Write the model card `out/README.md` from the content of `training.json`."""
-    content = CARD.read_text(encoding="utf-8").format(**result, minutes=result["seconds"] / 60)
-    with atomic_path(out / "README.md") as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def pretrain(options: PretrainOptions) -> dict[str, object]:

@@ -1,16 +1,19 @@
 """What the gate gains and costs: against each model alone and assisted generation, its signals against random calls.
 
+*Usage* is the share of the tokens that the large model writes, *fidelity* how close a gated text comes to the one that
+the large model writes alone (ROUGE-L, 1 where they are the same), the *oracle* the gate that knows the large model's
+choices.
+
 Read `evaluation` first. Its tables are summed up in `summaries` and `sweep`; `report`, `fidelity` and `benchmark` are
-the commands of `main.py`, `parts` says where the time goes, `caches` puts packed caches under the large model.
+the commands of `main.py`, `parts` says where the time goes.
 """
 
+from helpers.gate.prompts import fit_prompts, sample_articles
 from helpers.gate.study.baselines import assisted_generate, plain_generate
 from helpers.gate.study.benchmark import FixedShareGate, GateBenchmark, run_gate_benchmark
-from helpers.gate.study.caches import evaluate_large_caches
-from helpers.gate.study.evaluation import GATED, METHODS, evaluate_gate
+from helpers.gate.study.evaluation import GATED, METHODS, evaluate_gate, evaluate_large_caches
 from helpers.gate.study.fidelity import FidelitySettings, cut_stories, report_fidelity
 from helpers.gate.study.parts import ideal_with_prompt, parts_against_ideal, time_parts
-from helpers.gate.study.prompts import fit_prompts, sample_articles
 from helpers.gate.study.report import ReportSettings, report_gate
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_gates, summarise_methods
 from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_on_gated_text

@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.prompts import end_tokens, prompt_ids
-from helpers.gate.reading import TextReader
 from helpers.gate.text import LARGE, Generated
-from helpers.gate.writing import Sampler, TokenStream
+from helpers.gate.writing import Sampler, TextReader, TokenStream
 from helpers.policies.decoding import synchronise
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]  # small, large, and their shared tokenizer

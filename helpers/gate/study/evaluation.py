@@ -11,12 +11,15 @@ from functools import partial
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
+from helpers.cache import live_bytes
 from helpers.evaluation.rouge import Rouge
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import end_tokens
 from helpers.gate.study.baselines import Pair, assisted_generate, plain_generate
 from helpers.gate.text import LARGE, SMALL, Generated
+from helpers.gate.writing import CacheFactory
+from helpers.policies import PolicyDriver
 
 GATED, NAIVE, ASSISTED = "gated", "large, no cache", "assisted"
 METHODS = (GATED, LARGE, SMALL, NAIVE, ASSISTED)
@@ -123,3 +126,32 @@ def fidelity(texts: list[str], large: str, rouge: Rouge) -> list[float]:
 def _shared_prefix(result: Generated, large: Generated) -> int:
     same = [own == theirs for own, theirs in zip(result.token_ids, large.token_ids, strict=False)]
     return same.index(False) if False in same else len(same)
+
+
+def evaluate_large_caches(
+    pair: Pair,
+    prompts: list[str],
+    gate: EntropyGate,
+    caches: dict[str, CacheFactory],
+    max_new_tokens: int = 50,
+    large_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> pd.DataFrame:
+    """The gate with the large model's cache made by each factory: one row a prompt and cache.
+
+    `usage`, `tokens`, `fidelity` to the large model alone in full precision, `cache_tokens` and `live_bytes` of the
+    large model's cache at the end.
+    """
+    small, large, tokenizer = pair
+    large_tokenizer, rouge = large_tokenizer or tokenizer, Rouge(keep_in_memory=True)
+    settings = {"max_new_tokens": max_new_tokens, "large_tokenizer": large_tokenizer}
+    rows = []
+    for i, prompt in enumerate(prompts):
+        alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=end_tokens(small, large))
+        for name, factory in caches.items():
+            made = factory(large)
+            result = gated_generate(*pair, prompt, gate, large_cache=lambda model, made=made: made, **settings)
+            cache = made.cache if isinstance(made, PolicyDriver) else made
+            row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
+            row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "cache_tokens": cache.get_seq_length()}
+            rows.append(row | {"live_bytes": live_bytes(cache)})
+    return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""What a signal is worth: how close gated text comes to the large model's own, against random calls as often.
+"""What a signal is worth: how close gated text comes to the large model's (fidelity), against random calls as often.
 
     python main.py gate-fidelity
 
@@ -34,13 +34,8 @@ REST = 20  # words that a story must have beyond a cut
 class FidelitySettings:
     """Which prompts and which gates."""
 
-    signals: tuple[str, ...] = (
-        "entropy",
-        "max_prob",
-        "margin",
-        "rollback",
-        "oracle",
-    )  # names of signals; "rollback" is entropy with a rollback
+    # names of signals; "rollback" is entropy with a rollback
+    signals: tuple[str, ...] = ("entropy", "max_prob", "margin", "rollback", "oracle")
     usages: tuple[float, ...] = (0.1, 0.2, 0.3)  # shares of the tokens that the large model is to write
     at: float = 0.2  # the usage at which signals are compared
     cuts: tuple[int, ...] = (30, 60, 90)  # words after which stories are cut

@@ -1,7 +1,8 @@
 """Where a gated token's time goes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import pandas as pd
@@ -15,29 +16,25 @@ from helpers.gate.text import LARGE, SMALL
 from helpers.policies.decoding import synchronise
 
 
-class ForwardTimes:
+@contextmanager
+def forward_times(**models: PreTrainedModel) -> Iterator[dict[str, list[float]]]:
     """While open, the seconds of every forward of some models, in order, by name."""
+    seconds, handles, started = {name: [] for name in models}, [], {}
+    for name, model in models.items():
 
-    def __init__(self, **models: PreTrainedModel):
-        self.models, self.seconds = models, {name: [] for name in models}
+        def start(module, args, name=name):
+            synchronise(module.device)
+            started[name] = time.perf_counter()
 
-    def __enter__(self) -> "ForwardTimes":
-        self.handles = []
-        for name, model in self.models.items():
+        def stop(module, args, output, name=name):
+            synchronise(module.device)
+            seconds[name].append(time.perf_counter() - started[name])
 
-            def start(module, args):
-                synchronise(module.device)
-                self.started = time.perf_counter()
-
-            def stop(module, args, output, name=name):
-                synchronise(module.device)
-                self.seconds[name].append(time.perf_counter() - self.started)
-
-            self.handles += [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for handle in self.handles:
+        handles += [model.register_forward_pre_hook(start), model.register_forward_hook(stop)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -63,10 +60,10 @@ def time_parts(
         for turn in range(rounds):
             names = list(runs)
             for name in (*names[turn % 3 :], *names[: turn % 3]):
-                with ForwardTimes(small=small, large=large) as times:
+                with forward_times(small=small, large=large) as times:
                     seconds = runs[name](prompt=prompt).seconds
-                first, later = times.seconds["large"][:1], times.seconds["large"][1:]
-                row = {"run": name, "prompt": i, "all": seconds, "small": sum(times.seconds["small"])}
+                first, later = times["large"][:1], times["large"][1:]
+                row = {"run": name, "prompt": i, "all": seconds, "small": sum(times["small"])}
                 rows.append(row | {"first": sum(first), "later": sum(later), "calls": len(later)})
     total = pd.DataFrame(rows).groupby(["run", "prompt"]).median().groupby("run").sum()
     gated, alone = total.loc[GATED], total.loc[LARGE]

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate, OnlineTracker, check_usage
-from helpers.gate.prompts import check_same_tokens
+from helpers.gate.prompts import check_same_tokens, fit_prompts, sample_articles
 from helpers.gate.study.evaluation import ASSISTED, GATED, METHODS, NAIVE, evaluate_gate
-from helpers.gate.study.prompts import fit_prompts, sample_articles
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_methods
 from helpers.gate.text import LARGE, SMALL
 from helpers.io import ROOT, relative_to_root, write_table
