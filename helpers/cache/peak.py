@@ -16,16 +16,21 @@ class PeakBytes:
 
     def reset(self) -> None:
         """Begin anew; what lives on has to be noted again."""
-        self.bytes = 0
+        self.bytes = self._noted = 0
         self._living: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, *tensors: torch.Tensor) -> None:
         """Count the memory behind `tensors` from now on, for as long as it is held."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            _, before = self._living.pop(storage._cdata, (None, 0))
             self._living[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._living = {key: held for key, held in self._living.items() if not held[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self._living.values()))
+            self._noted += storage.nbytes() - before
+        # Who still lives is asked only where it can matter: if all that was noted did, would this be the most?
+        if self._noted > self.bytes or len(self._living) > 10_000:
+            self._living = {key: held for key, held in self._living.items() if not held[0].expired()}
+            self._noted = sum(size for _, size in self._living.values())
+            self.bytes = max(self.bytes, self._noted)
 
     def __deepcopy__(self, memo: dict) -> "PeakBytes":
         """A copy's memory lies elsewhere: it begins with nothing noted but the highest so far."""

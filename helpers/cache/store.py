@@ -17,9 +17,9 @@ from helpers.cache.codec import Codec, Codes, make_codecs
 from helpers.cache.layout import Layout, Run, pop_runs
 from helpers.cache.plan import Demotion, Plan, Scores
 from helpers.cache.quantization import FULL_WIDTH
-from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, take
+from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, joined, take
 
-PORTION, PORTIONS = 256, 8  # a prompt is coded so many tokens, or such a part, at once: little is made on the way
+PORTION = 512  # tokens of one layer that are coded at once, so that what is made on the way stays small
 HELD = Stage(8, 8, pending=True)  # tokens of a prompt whose width is not chosen yet
 
 
@@ -108,8 +108,8 @@ class PackedStore:
         n = keys.shape[3]
         if plan is not None:
             self._expect(layout, plan, n // block, block)
-        portion = n if layer is None else max(PORTION, n // PORTIONS) // block * block or block
-        total = 0
+        portion = n if layer is None else max(1, PORTION // block) * block
+        total, coming = 0, []
         for at in range(0, n, portion):
             part = slice(at, min(at + portion, n))
             states = keys[:, :, :, part], values[:, :, :, part]
@@ -125,7 +125,9 @@ class PackedStore:
             if plan is None:
                 layout.bucket(HELD).append_block(tokens, layers, self._allocate, first + at)
             else:
-                self._advance(layout, layers, Run(tokens, first + at, block), plan, block)
+                coming.append(tokens)
+        if coming:
+            self._advance(layout, layers, Run(joined(coming), first, block), plan, block)
         self._close(layout, layer)
         return total
 
@@ -245,7 +247,14 @@ class PackedStore:
         pending: bool,
     ) -> Run | None:
         """Move blocks to the widths `target`, but for the best `keep` tokens of each, which settle as they are."""
-        keep = min(keep, run.size)
+        keep, at_once = min(keep, run.size), max(1, PORTION // run.size)
+        if run.blocks > at_once:
+            starts = range(0, run.blocks, at_once)
+            parts = [run.part(at, min(at + at_once, run.blocks)) for at in starts]
+            moved = [self._demote(layout, layers, part, source, target, keep, scores, pending) for part in parts]
+            if moved[0] is None:
+                return None
+            return replace(moved[0], tokens=joined([part.tokens for part in moved]))
         key, key_error = self.key.requantize(run.tokens.key, target[0], keep > 0, layers)
         value, value_error = self.value.requantize(run.tokens.value, target[1], keep > 0, layers)
         tokens = replace(run.tokens, received=run.tokens.received if pending else None)
