@@ -85,8 +85,10 @@ class Codec:
 
     def _turned(self, x: torch.Tensor, layers: slice) -> torch.Tensor:
         """States in the coordinates in which they are quantized: centred and rotated."""
-        x = x if self.centre is None else x - self.centre[layers].unsqueeze(-2)
         self.note(x)
+        if self.centre is not None:
+            x = x - self.centre[layers].unsqueeze(-2)
+            self.note(x)
         if self.rotation is None:
             return x
         turned = x @ self.rotation
@@ -104,20 +106,20 @@ class Codec:
         """The numbers that are stored: at 16 bits the states themselves, below that their centred, rotated form."""
         if codes.bits == FULL_WIDTH:
             x = codes.codes.contiguous().view(self.full_dtype).to(self.dtype)
-        else:
-            x = dequantize(codes.codes, codes.scales, codes.bits, self.dtype)
-        self.note(x)
-        return x
+            self.note(x)
+            return x
+        return dequantize(codes.codes, codes.scales, codes.bits, self.dtype, self.note)
 
     def decode(self, codes: Codes, layer: int | slice = slice(None)) -> torch.Tensor:
         """Inverse of `encode` up to its error, for codes of all layers or of one: `[(L,) B, H, n, D]`."""
         x = self.read(codes)
         if codes.bits == FULL_WIDTH:
             return x
-        x = x if self.rotation is None else x @ self.rotation.T
-        x = x if self.centre is None else x + self.centre[layer].unsqueeze(-2)
-        self.note(x)
-        return x
+        if self.rotation is not None:
+            back = x @ self.rotation.T
+            self.note(back)
+            x = back
+        return x if self.centre is None else x.add_(self.centre[layer].unsqueeze(-2))
 
     def requantize(
         self, codes: Codes, bits: int, want_error: bool = False, layers: slice = slice(None)
@@ -132,7 +134,7 @@ class Codec:
         if not want_error:
             return coded, None
         after = self.decode(coded, layers) if plain else self.read(coded)
-        return coded, (after - before).square().sum(-1)
+        return coded, after.sub_(before).square_().sum(-1)
 
     def relative_error(self, states: torch.Tensor, bits: int, layers: slice = slice(None)) -> torch.Tensor:
         """Squared error of storing the `states` of some layers, over their squared length: `[L, B, H, n]`."""
@@ -141,8 +143,10 @@ class Codec:
             change = states.to(self.full_dtype).to(self.dtype) - x
         else:
             turned = self._turned(x, layers)  # where distances are the same
-            change = self.read(self._quantize(turned, bits)) - turned
-        return change.square_().sum(-1) / x.square().sum(-1).clamp(min=1e-12)
+            change = self.read(self._quantize(turned, bits)).sub_(turned)
+        squares = x.square()
+        self.note(change, squares)
+        return change.square_().sum(-1) / squares.sum(-1).clamp(min=1e-12)
 
     def magnitude(self, codes: Codes) -> torch.Tensor:
         """Sum of the magnitudes of all scales and zeros (at 16 bits: of the states), one float32.
@@ -150,7 +154,9 @@ class Codec:
         Codes are always sound. A state that is NaN makes this NaN; one that is infinite or too large, infinite or NaN.
         """
         held = codes.codes.view(self.full_dtype) if codes.scales is None else codes.scales
-        return held.abs().sum(dtype=torch.float32)
+        held = held.abs()
+        self.note(held)
+        return held.sum(dtype=torch.float32)
 
 
 def make_codecs(

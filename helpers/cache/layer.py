@@ -48,9 +48,11 @@ class PackedStates:
         if self.store is None:
             return tails
         packed = self.store.dense(self.layer, self.cache.layers[self.layer_idx].packed_length)
-        states = tuple(torch.cat([x.to(tail.dtype), tail], dim=2) for x, tail in zip(packed, tails, strict=True))
-        self.cache.peak.note(*states)
-        return states
+        states = []
+        for tail in tails:  # nothing may hold on to one side's packed tokens while the other's are read
+            states.append(torch.cat([next(packed).to(tail.dtype), tail], dim=2))
+            self.cache.peak.note(states[-1])
+        return tuple(states)
 
 
 class PackedLayer(CacheLayerMixin):

@@ -85,11 +85,6 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * field)) & mask for field in range(per_byte)], dim=-1)
 
 
-def _round_to_grid(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (x - zero).div_(safe).round_().clamp_(0, 2**bits - 1)
-
-
 def quantize(
     x: torch.Tensor, bits: int, search: bool = True, note: Callable[..., None] = lambda *tensors: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,39 +98,82 @@ def quantize(
     if x.device.type == "cpu" and x.numel() > NUMBERS_AT_ONCE:
         vectors = x.reshape(-1, x.shape[-1]).split(max(1, NUMBERS_AT_ONCE // x.shape[-1]))
         codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search, note) for part in vectors)))
+        note(codes, scales)
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
     return _quantize(x, bits, search, note)
 
 
 def _quantize(x: torch.Tensor, bits: int, search: bool, note: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    levels = 2**bits - 1
+    note(low, high)
     if bits == 2 and search:
-        middle, half = (low + high) / 2, (high - low) / 2
-        best_error = torch.full_like(low, torch.inf)
-        best_half = half
-        at_once = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))
-        for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
-            candidates = half * shares.view(-1, *[1] * x.ndim)
-            scale, zero = 2 * candidates / levels, middle - candidates
-            rounded = _round_to_grid(x, scale, zero, bits)
-            note(rounded)
-            error = rounded.mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
-            error, which = error.min(0, keepdim=True)
-            better = error[0] < best_error
-            best_error = torch.where(better, error[0], best_error)
-            best_half = torch.where(better, candidates.gather(0, which)[0], best_half)
-        low, high = middle - best_half, middle + best_half
-    scales = torch.cat([(high - low) / levels, low], dim=-1).to(torch.float16)
+        low, high = _best_range(x, low, high, note)
+    scales = torch.cat([(high - low) / (2**bits - 1), low], dim=-1).to(torch.float16)
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
-    scale, zero = scales.to(x.dtype).split(1, dim=-1)
-    rounded = _round_to_grid(x, scale, zero, bits)
-    codes = rounded.to(torch.uint8)
-    note(rounded, codes, scales)
-    return pack_codes(codes, bits), scales
+    exact = scales.to(x.dtype)
+    note(scales, exact)
+    codes = _round_to_grid(x, *exact.split(1, dim=-1), bits, note, torch.uint8)
+    packed = pack_codes(codes, bits)
+    note(packed)
+    return packed, scales
 
 
-def dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantize` up to its error: `[..., n]` in `dtype`."""
-    scale, zero = scales.to(dtype).split(1, dim=-1)
-    return unpack_codes(packed, bits).to(dtype).mul_(scale).add_(zero)
+def _best_range(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, note: Callable[..., None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends `[..., 1]` of the grids at 2 bits that change the vectors least: shrunk about the middle of their range."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    best_error, best_half = torch.full_like(low, torch.inf), half
+    note(middle, half, best_error)
+    at_once = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))
+    for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
+        error, best_here = _best_of(x, middle, half * shares.view(-1, *[1] * x.ndim), note)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_half = torch.where(better, best_here, best_half)
+        note(error, best_here, better, best_error, best_half)
+    return middle - best_half, middle + best_half
+
+
+def _best_of(
+    x: torch.Tensor, middle: torch.Tensor, halves: torch.Tensor, note: Callable[..., None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least squared error of 2-bit grids that reach `halves` `[grids, ..., 1]` from the middle, and whose it is."""
+    scale, zero = 2 * halves / 3, middle - halves
+    note(halves, scale, zero)
+    rounded = _round_to_grid(x, scale, zero, 2, note)
+    error = rounded.mul_(scale).add_(zero).sub_(x).square_().sum(-1, keepdim=True)
+    note(error)
+    error, which = error.min(0, keepdim=True)
+    return error[0], halves.gather(0, which)[0]
+
+
+def _round_to_grid(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    note: Callable[..., None],
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The nearest codes, in `dtype` or as they come."""
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    rounded = (x - zero).div_(safe).round_().clamp_(0, 2**bits - 1)
+    codes = rounded if dtype is None else rounded.to(dtype)
+    note(safe, rounded, codes)
+    return codes
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    note: Callable[..., None] = lambda *tensors: None,
+) -> torch.Tensor:
+    """Inverse of `quantize` up to its error: `[..., n]` in `dtype`; `note` is told of what is made."""
+    exact, codes = scales.to(dtype), unpack_codes(packed, bits)
+    scale, zero = exact.split(1, dim=-1)
+    x = codes.to(dtype)
+    note(exact, codes, x)
+    return x.mul_(scale).add_(zero)

@@ -180,6 +180,7 @@ class PackedStore:
             part = np.where(widths[:, at : at + run.size] == FULL_WIDTH, HELD.key_bits, widths[:, at : at + run.size])
             for bits, counts, slots, valid in _by_width(part, self.device):
                 tokens = run.tokens.take(slots)
+                self.note(*tokens.named().values())
                 key, _ = self.key.requantize(tokens.key, bits)
                 value, _ = self.value.requantize(tokens.value, bits)
                 tokens = PackedTokens(key, value, tokens.token.masked_fill(~valid, EMPTY), tokens.block_start)
@@ -273,8 +274,14 @@ class PackedStore:
         order = rank.argsort(dim=-1, descending=True, stable=True)
         order = order + torch.arange(0, run.blocks * run.size, run.size, device=order.device)[:, None]
         kept, rest = (part.sort(-1).values.flatten(-2) for part in order.split([keep, run.size - keep], dim=-1))
-        self._store(layout, layers, replace(run, tokens=tokens.take(kept)), replace(source, pending=False))
-        return None if keep == run.size else replace(run, tokens=moved.take(rest), size=run.size - keep)
+        stay = tokens.take(kept)
+        self.note(key_error, value_error, rank, order, kept, rest, *stay.named().values())
+        self._store(layout, layers, replace(run, tokens=stay), replace(source, pending=False))
+        if keep == run.size:
+            return None
+        moved = moved.take(rest)
+        self.note(*moved.named().values())
+        return replace(run, tokens=moved, size=run.size - keep)
 
     def keep_layers(self, count: int) -> None:
         """Let go of all but the first `count` layers, which are those that a prompt has been committed in so far."""
@@ -290,7 +297,8 @@ class PackedStore:
     def dense(self, layer: int, length: int) -> Iterator[torch.Tensor]:
         """Keys, then values of one layer's packed tokens in text order, dequantized: `[B, H, length, D]` each."""
         held = [segment.held(layer) for _, segment in self.layouts[layer].segments()]
-        places = [tokens.positions().masked_fill(tokens.token == EMPTY, length) for tokens in held]
+        places = [tokens.positions().masked_fill_(tokens.token == EMPTY, length) for tokens in held]
+        self.note(*places)
         yield _in_text_order(self.key, [tokens.key for tokens in held], places, layer, length)
         yield _in_text_order(self.value, [tokens.value for tokens in held], places, layer, length)
 
@@ -365,6 +373,6 @@ def _in_text_order(
         x = codec.decode(codes, layer)
         if result is None:
             result = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])
+            codec.note(result)
         result.scatter_(2, at[..., None].expand_as(x), x)
-    codec.note(result)
     return result[:, :, :length]
