@@ -62,10 +62,22 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
 
         return call
 
+    def received(layer, method):
+        def call(sums):
+            trace.note(sums)  # made by attention
+            with trace:
+                method(sums)
+
+        layer.add_received = call
+
     for name in WORK if own else ("update",):
         setattr(cache, name, traced(getattr(cache, name)))
+    for layer in cache.layers if own else ():
+        received(layer, layer.add_received)
     try:
         yield trace
     finally:
         for name in WORK if own else ("update",):
             delattr(cache, name)
+        for layer in cache.layers if own else ():
+            del layer.add_received
