@@ -1,8 +1,8 @@
 """Bytes of caches: peak, held and live, of every way to store a cache alike. `python main.py memory`.
 
-Three words, in bytes: *peak*, the largest sum of tensors that the cache owns, makes or hands to attention at any moment,
-reading of the prompt included; *held*, every tensor that the cache owns at one moment, spare room included; *live*,
-what its tokens need.
+Three words, in bytes: *peak*, the largest sum of tensors that the cache owns, makes or hands to attention at any
+moment, reading of the prompt included; *held*, every tensor that the cache owns at one moment, spare room included;
+*live*, what its tokens need.
 
 `drive_cache` feeds a cache random keys and values, layer by layer, as a model does: bytes do not depend on weights. For
 policies that look at logits they do, and `deployment_peak` runs a model.
@@ -26,7 +26,7 @@ from helpers.policies import COMPACT_SCHEDULE, QUALITY_SCHEDULE, FixedBits, Lear
 
 EMBEDDED = "embedded large"
 DECODED = 64  # tokens that are decoded after a prompt, whole blocks
-STOCK_LIMIT = 4096  # tokens beyond which the library's quantized caches are left out: tracing them takes minutes
+STOCK_LIMIT = 16384  # tokens beyond which the library's quantized caches are left out: they take minutes
 PADDED = 16  # tokens of padding on the left of each row of a batch more than of the row before it
 COLUMNS = ("shape", "tokens", "batch", "method", "group", "peak_bytes", "held_bytes", "live_bytes", "counted_peak",
            "full_bytes", "layer_bytes", "peak_share", "held_share", "live_share")  # fmt: skip
@@ -48,7 +48,7 @@ def memory_config(shape: str) -> PreTrainedConfig:
 
 
 def memory_methods() -> list[Group]:
-    """What is measured: full precision, fixed widths, learned schedules, widths token by token, the library's caches."""
+    """Full precision, fixed widths, learned schedules, widths token by token, and the library's quantized caches."""
     folder = ROOT / "data" / "controllers"
     learned = [LearnedController.load(folder, "settle", *steps) for steps in (QUALITY_SCHEDULE, COMPACT_SCHEDULE)]
     return [
@@ -133,19 +133,23 @@ def deployment_peak(
 
 
 def memory_table(
-    cases: Iterable[tuple[str, int, int]], groups: Sequence[Group], seed: int = 0, progress: bool = True
+    cases: Iterable[tuple[str, int, int]],
+    groups: Sequence[Group],
+    stock_limit: int = STOCK_LIMIT,
+    seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """`drive_cache` for each case (shape, tokens of the prompt, batch) and method: a row each, columns `COLUMNS`.
 
     `full_bytes` is what full precision holds at the end, `layer_bytes` one layer of it at the end of the prompt; the
-    shares are of `full_bytes`. The library's quantized caches are left out beyond `STOCK_LIMIT` tokens.
+    shares are of `full_bytes`. The library's quantized caches are left out beyond `stock_limit` tokens.
     """
     runs = [
         (case, method, group.name)
         for case in cases
         for group in groups
         for method in group.methods
-        if group.name != "stock" or case[1] <= STOCK_LIMIT
+        if group.name != "stock" or case[1] <= stock_limit
     ]
     rows = []
     for (shape, tokens, batch), method, group in tqdm(runs, desc="memory", disable=not progress, leave=False):
