@@ -39,7 +39,7 @@ def quality(options: QualityOptions) -> None:
         fixed_widths.quality_table(model, sampled, fixed_widths.SAMPLED_METHODS, "sampled"),
         fixed_widths.quality_table(model, held_out, fixed_widths.TEXT_METHODS, text, first=256),
     ])  # fmt: skip
-    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"bits_per_element": 2})
+    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"stored_bits": 2})
     print(shown.drop(columns=["tokens"]).to_string(index=False))
     about = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
     write_table(options.out or preset.data_dir / f"quality_{Path(source).name}.csv", table, about)
@@ -73,7 +73,17 @@ def compare(options: CompareOptions) -> None:
     result = compare_methods(model, tokenizer, sequences, items, methods, rounds=options.rounds, batch=options.batch)
     if not is_main_process():
         return
-    shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
+    shown = [
+        "method",
+        "peak_bytes",
+        "held_bytes",
+        "code_bits",
+        "kl",
+        "accuracy",
+        "accuracy_change",
+        "acc",
+        "latency_ms",
+    ]
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
     name = options.name or "baseline_comparison" + (f"_{Path(source).name}" if options.model else "")
