@@ -88,7 +88,7 @@ def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
 def ratio_table(table: pd.DataFrame) -> pd.DataFrame:
     """One machine's measurements as text, a row a case: times over DynamicCache's with intervals, and shares of bytes.
 
-    `held bytes (live)` is of the 4-bit and the learned cache over DynamicCache's: what is held, and in brackets what of it is live.
+    `held bytes (live)` are those of the 4-bit and of the learned cache over what DynamicCache holds.
     Cells of methods that a case lacks are empty.
     """
     measured = table[table["ms"].notna()].sort_values(["kind", "shape", "batch", "context"], kind="stable")
