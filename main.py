@@ -15,6 +15,7 @@ COMMANDS = {
     "quality": ("helpers.evaluation.commands:quality", "KL and accuracy of fixed widths, block by block"),
     "train": ("helpers.training.commands:train", "train the controllers of a model (Part 2)"),
     "compare": ("helpers.evaluation.commands:compare", "all policies and baselines on one model (Part 4)"),
+    "memory": ("helpers.evaluation.commands:memory", "peak, held and live bytes of every kind of cache"),
     "card": ("helpers.publishing.commands:card", "measure the embedded pair again and rewrite its card"),
     "bench": ("helpers.publishing.commands:bench", "kernels and decode steps against the caches of transformers"),
     "gate": ("helpers.gate.study.commands:gate", "compare entropy-gated generation with its baselines (Part 5)"),

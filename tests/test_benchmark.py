@@ -333,8 +333,10 @@ def test_the_table_of_ratios_has_a_row_a_case():
     first, second = ratios.index
     assert second.endswith("512 tokens x 8")
     assert ratios.loc[first, "4-bit"] == "0.50 [0.40, 0.60]"
-    assert ratios.loc[first, "bytes"] == "0.15 (0.20)"
-    assert ratios.loc[first, "HQQ 4-bit"] == ratios.loc[second, "4-bit"] == ratios.loc[second, "bytes"] == ""
+    assert ratios.loc[first, "held bytes (live)"] == "0.20 (0.15)"
+    assert (
+        ratios.loc[first, "HQQ 4-bit"] == ratios.loc[second, "4-bit"] == ratios.loc[second, "held bytes (live)"] == ""
+    )
     assert describe_machine(table).startswith("a machine, 1 thread, ")
 
 

@@ -58,8 +58,13 @@ def test_one_row_a_method_with_everything(comparison):
     # The state that the last token saw: 80 tokens committed, 16 in the tail.
     assert table.code_bits["static 4-bit"] == pytest.approx((80 * 4 + 16 * 16) / 96)
     assert table.live_bytes["static 4-bit"] < table.live_bytes["static 16-bit"] < table.live_bytes["full precision"]
-    assert (table.peak_bytes >= table.live_bytes).all()
-    assert table.bits_per_element["full precision"] == pytest.approx(32)
+    assert (table.held_bytes >= table.live_bytes).all()
+    assert table.stored_bits["full precision"] == pytest.approx(32)
+    assert table.stored_bits["static 4-bit"] == pytest.approx(32 * table.held_bytes["static 4-bit"] / 96 / 2**10, rel=1)
+    # Peak: a prompt of 32 tokens and 64 more, of every cache; full precision makes its last layer anew at each token.
+    full = 2 * 2 * 2 * 32 * 4 * 96
+    assert full < table.peak_bytes["full precision"] <= 1.5 * full
+    assert table.peak_bytes["static 4-bit"] < table.peak_bytes["static 16-bit"] < table.peak_bytes["full precision"]
     assert (table.latency_low <= table.latency_ms).all()
     chosen = [name for name in table if name.startswith("acc_") or name == "acc"]
     assert not table.drop(columns=chosen).isna().any().any()
@@ -136,7 +141,9 @@ def test_timing_and_lengths(model_and_tokenizer):
     assert (times.latency_ms > 0).all()
     lengths = against_length(model, methods, (64, 128), steps=4)
     grown = lengths.pivot(index="method", columns="tokens", values="live_bytes")
-    assert grown.loc["full precision", 128] == pytest.approx(2 * grown.loc["full precision", 64])
+    assert grown.loc["full precision", 128] == pytest.approx(132 / 68 * grown.loc["full precision", 64])
+    assert (lengths.peak_bytes >= lengths.held_bytes).all()
+    assert (lengths.held_bytes >= lengths.live_bytes).all()
     share = controller_share(model, random_ids(1, 60)[0], methods[1], prompt=32, steps=16, rounds=1)
     assert 0 < share["share"] < 1
 
@@ -147,6 +154,7 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
     groups = [Group("schedule", [PackedMethod(policy)]), Group("full precision", [FullPrecision()])]
     followed = follow_text(model, random_ids(1, 64)[0], groups)
     assert followed["tokens"].tolist() == [16, 32, 48, 64] * 2
+    assert (followed["held_bytes"] >= followed["live_bytes"]).all()
     assert [np.mean(bits) for bits in followed["bits"]][4:] == [16.0] * 4
     box = explorers.width_explorer(followed, [f"t{i}" for i in range(64)])
     method, read, image = box.children

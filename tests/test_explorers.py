@@ -41,7 +41,7 @@ def test_width_explorer():
 
 def test_kept_widths_are_read_as_they_were(tmp_path):
     followed = pd.DataFrame({"method": ["m"], "group": ["static"], "tokens": [2], "live_bytes": [10],
-                             "stored_bytes": [12], "bits": [[16.0, 3.125]]})  # fmt: skip
+                             "held_bytes": [12], "bits": [[16.0, 3.125]]})  # fmt: skip
     explorers.save_widths(tmp_path / "w.jsonl", followed, ["a", "\n"])
     read, texts = explorers.load_widths(tmp_path / "w.jsonl")
     assert texts == ["a", "\n"]
@@ -59,10 +59,10 @@ def test_policy_explorer():
 
 def test_a_budget_shows_what_fits():
     table = pd.read_csv(DATA / "baseline_comparison.csv")
-    static = table.set_index("method")["live_bytes"]["static 4-bit"]
+    static = table.set_index("method")["held_bytes"]["static 4-bit"]
     figure = explorers.within_budget(table, 0.9, ("static", "schedule"))
     shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
-    fits = table[(table["live_bytes"] <= 0.9 * static) & table["group"].isin(["static", "schedule"])]
+    fits = table[(table["held_bytes"] <= 0.9 * static) & table["group"].isin(["static", "schedule"])]
     assert shown == set(fits["method"])
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""The commands of this package that print and write tables: `python main.py quality` and `compare`."""
+"""The commands of this package that print and write tables: `python main.py quality`, `compare` and `memory`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,10 @@ import torch
 
 from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
+from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
+from helpers.evaluation.memory_targets import check_memory_targets, memory_targets_text
 from helpers.evaluation.methods import default_methods
-from helpers.io import relative_to_root, write_table
+from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
 from helpers.models import get_preset, load_model, load_multiple_choice, sample_items
 from helpers.models.sequences import load_sequences
@@ -37,7 +39,7 @@ def quality(options: QualityOptions) -> None:
         fixed_widths.quality_table(model, sampled, fixed_widths.SAMPLED_METHODS, "sampled"),
         fixed_widths.quality_table(model, held_out, fixed_widths.TEXT_METHODS, text, first=256),
     ])  # fmt: skip
-    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"bits_per_element": 2})
+    shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"stored_bits": 2})
     print(shown.drop(columns=["tokens"]).to_string(index=False))
     about = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
     write_table(options.out or preset.data_dir / f"quality_{Path(source).name}.csv", table, about)
@@ -71,10 +73,48 @@ def compare(options: CompareOptions) -> None:
     result = compare_methods(model, tokenizer, sequences, items, methods, rounds=options.rounds, batch=options.batch)
     if not is_main_process():
         return
-    shown = ["method", "code_bits", "bits_per_element", "kl", "accuracy", "accuracy_change", "acc", "latency_ms"]
+    shown = [
+        "method",
+        "peak_bytes",
+        "held_bytes",
+        "code_bits",
+        "kl",
+        "accuracy",
+        "accuracy_change",
+        "acc",
+        "latency_ms",
+    ]
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
     name = options.name or "baseline_comparison" + (f"_{Path(source).name}" if options.model else "")
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(ids)}
     about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
     save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What `memory` measures."""
+
+    shapes: tuple[str, ...] = (EMBEDDED, "SmolLM-135M")
+    lengths: tuple[int, ...] = (256, 512, 1024, 4096, 16384)  # tokens of the prompt
+    batch: int = 4  # rows of the one batch that is measured too; 1 for none
+    batch_length: int = 512  # tokens of its prompt
+    stock_limit: int = STOCK_LIMIT  # tokens beyond which the library's quantized caches, which are slow, are left out
+    seed: int = 0
+    out: str | None = None  # result file instead of data/memory.csv
+
+
+def memory(options: MemoryOptions) -> None:
+    """Print and write peak, held and live bytes of every kind of cache, driven by random keys and values."""
+    cases = [(shape, tokens, 1) for shape in options.shapes for tokens in options.lengths]
+    if options.batch > 1:
+        cases += [(shape, options.batch_length, options.batch) for shape in options.shapes]
+    groups = memory_methods()
+    table = memory_table(cases, groups, options.stock_limit, options.seed)
+    shown = ["shape", "tokens", "batch", "method", "peak_share", "held_share", "live_share"]
+    print("shares of what full precision holds at the end")
+    print(table[shown].round(3).to_string(index=False))
+    print(memory_targets_text(check_memory_targets(table)))
+    about = {"seed": options.seed, "decoded": DECODED, "stock_limit": options.stock_limit, "numbers": "float32"}
+    write_table(options.out or ROOT / "data" / "memory.csv", table, about)

@@ -1,7 +1,8 @@
 """Part 4: every way to store the cache, on the same texts: accuracy, KL, multiple choice, latency and memory.
 
-Quality is measured block by block on packed texts (what decoding token by token would give), multiple choice through
-the committed context, latency in interleaved rounds of decoding.
+Quality is measured block by block on packed texts (what decoding token by token would give), and with it `held_bytes`;
+multiple choice through the committed context; latency in interleaved rounds of decoding; `peak_bytes` in deployment, a
+prompt in one forward and then tokens one by one.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.evaluation.bootstrap import bootstrap_mean, interval_columns
 from helpers.evaluation.latency import time_decoding
+from helpers.evaluation.memory import DECODED, deployment_peak
 from helpers.evaluation.methods import FullPrecision, Group, Method, PackedMethod
 from helpers.evaluation.multiple_choice import score_items
 from helpers.evaluation.quality import measure_method, quality_row
@@ -58,8 +60,11 @@ def compare_methods(
 ) -> Comparison:
     """Measure all methods of `groups` on `sequences` `[count, tokens]` (positions from `first` on) and `items`.
 
-    `rounds` of timed decoding, interleaved; 0 leaves latency out.
+    `rounds` of timed decoding, interleaved; 0 leaves latency out. `peak_bytes` is of the first sequence: its first
+    `first` tokens as a prompt, then 64 decoded. Raises `ValueError` where sequences have no token beyond `first`.
     """
+    if not 0 < first < sequences.shape[1]:
+        raise ValueError(f"first must lie within the sequences of {sequences.shape[1]} tokens, got {first}")
     rows, methods, controls = [], [], []
     of_texts: dict[str, dict[str, np.ndarray]] = {}  # method -> measure -> value of each sequence
     of_items: dict[str, dict[str, np.ndarray]] = {}
@@ -67,7 +72,7 @@ def compare_methods(
     def measure(method: Method, group: Group) -> tuple[float, ...]:
         """Add a row, and return the shares of the widths that the method chose."""
         measured = measure_method(model, sequences, method, first, batch)
-        row = {"method": method.name, "group": group.name, **quality_row(measured)}
+        row = {"method": method.name, "group": group.name, "peak_bytes": float("nan"), **quality_row(measured)}
         of_texts[method.name] = {name: measured[name] for name in ("kl", "accuracy")}
         if items and group.chooses_endings:
             scores = score_items(model, tokenizer, items, method)
@@ -91,6 +96,8 @@ def compare_methods(
             if full and row["method"] in results:
                 row |= interval_columns(f"{name}_change", results[row["method"]][name] - full[name])
     table = pd.DataFrame(rows)
+    if is_main_process():
+        table["peak_bytes"] = [deployment_peak(model, sequences[:1], method, first, DECODED) for method in methods]
     if rounds and is_main_process():
         table = table.merge(time_decoding(model, sequences[0], methods, rounds, first), on="method")
     pairs = [*_schedule_pairs(methods), *controls, (STATIC.name, PackedMethod(STATIC.policy, quantizer="minmax").name)]

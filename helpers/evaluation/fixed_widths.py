@@ -12,7 +12,7 @@ from helpers.evaluation.methods import PackedMethod
 from helpers.evaluation.quality import full_precision_accuracy, measure_method, quality_row
 from helpers.policies import CachedModel, FixedBits
 
-COLUMNS = ["text", "sequences", "tokens", "store", "code_bits", "bits_per_element", "kl", "kl_low", "kl_high",
+COLUMNS = ["text", "sequences", "tokens", "store", "code_bits", "stored_bits", "kl", "kl_low", "kl_high",
            "accuracy", "accuracy_full", "accuracy_change", "accuracy_change_low", "accuracy_change_high"]  # fmt: skip
 
 SAMPLED_METHODS = (

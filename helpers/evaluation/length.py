@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from helpers.cache import PackedKVCache, code_bits, live_bytes, stored_bytes
+from helpers.evaluation.memory import deployment_peak
 from helpers.evaluation.methods import Group, Method
 from helpers.policies import decode
 
@@ -19,7 +20,9 @@ def against_length(
 ) -> pd.DataFrame:
     """Memory and latency after contexts of the given lengths, of random tokens: one row a method and length.
 
-    Columns `method`, `tokens`, `live_bytes`, `stored_bytes`, `code_bits`, `latency_ms` (mean step, commits included).
+    Columns `method`, `tokens`; `peak_bytes` (traced alike for every cache, reading of the prompt included);
+    `held_bytes`, `live_bytes` and `code_bits` as the last decoded token leaves the cache; `latency_ms` (mean step,
+    commits included).
     What is predicted is meaningless beyond the model's own context; bytes and times are not.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -30,18 +33,20 @@ def against_length(
             for method in methods:
                 cached = method.open(model)
                 cached.read(ids[:, :length], keep=1)
-                row = {"method": method.name, "tokens": length, **_sizes(cached.cache)}
-                row["code_bits"] = code_bits(cached.cache)
                 latency_ms = decode(cached, ids[:, length : length + steps], forced=True).latency_ms
-                if turn:
-                    rows.append({**row, "latency_ms": float(np.mean(latency_ms))})
+                if not turn:
+                    continue
+                row = {"method": method.name, "tokens": length}
+                row["peak_bytes"] = deployment_peak(model, ids, method, length, steps)
+                row |= {**_sizes(cached.cache), "code_bits": code_bits(cached.cache)}
+                rows.append({**row, "latency_ms": float(np.mean(latency_ms))})
     return pd.DataFrame(rows)
 
 
 def follow_text(model: PreTrainedModel, ids: torch.Tensor, groups: Sequence[Group]) -> pd.DataFrame:
     """Read `ids` `[tokens]` block by block: after each block, bytes held and the width of every token so far.
 
-    Columns `method`, `group`, `tokens`, `live_bytes`, `stored_bytes`, `bits` (a list).
+    Columns `method`, `group`, `tokens`, `held_bytes`, `live_bytes`, `bits` (a list).
     """
     rows = []
     for group in groups:
@@ -57,4 +62,4 @@ def follow_text(model: PreTrainedModel, ids: torch.Tensor, groups: Sequence[Grou
 
 
 def _sizes(cache: Cache) -> dict[str, int]:
-    return {"live_bytes": live_bytes(cache), "stored_bytes": stored_bytes(cache)}
+    return {"held_bytes": stored_bytes(cache), "live_bytes": live_bytes(cache)}

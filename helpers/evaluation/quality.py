@@ -12,6 +12,8 @@ from helpers.io.processes import spread
 from helpers.policies import score_blocks
 from helpers.policies.features import log_probabilities, surprisal_of
 
+SIZES = ("code_bits", "stored_bits", "held_bytes", "live_bytes")
+
 
 @torch.no_grad()
 def measure_method(
@@ -20,10 +22,10 @@ def measure_method(
     """Quality of one method on `sequences` `[count, tokens]`, over the positions from `first` on.
 
     Several processes (see `helpers.io.processes`) share the batches; all get the same result.
-    Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); the averages
-    `code_bits`, `bits_per_element` and `live_bytes` (of one sequence) of the cache as the last token sees it, its tail
-    counted; `peak_bytes`, the most that one sequence ever held with spare capacity; and `widths`, the shares of 2,
-    4, 8 and 16 bits among the widths chosen at commit.
+    Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); averages, of one
+    sequence: `held_bytes`, the most that the cache owned while the text was read, spare room included; `stored_bits`,
+    these in bits a number of the whole sequence; `code_bits` and `live_bytes` of the cache as the last token sees it,
+    its tail counted; and `widths`, the shares of 2, 4, 8 and 16 bits among the widths chosen at commit.
     """
     batches = sequences.split(batch)
     parts = spread(
@@ -32,8 +34,7 @@ def measure_method(
         method.name,
     )
     arrays = {name: np.array([x for part in parts for x in part[name]]) for name in ("kl", "accuracy", "loss")}
-    held = ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")
-    means = {name: float(np.mean([part[name] for part in parts])) for name in held}
+    means = {name: float(np.mean([part[name] for part in parts])) for name in SIZES}
     widths = sum(part["widths"] for part in parts)
     return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
 
@@ -42,20 +43,20 @@ def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, method: Method, n
     """`measure_method` for the rows of batch `number`; `widths` are counts."""
     reference = model(input_ids=rows).logits
     cached = method.open(model, number)
-    kl, hits, losses, peak = [], [], [], 0
+    kl, hits, losses, held = [], [], [], 0
     for span, logits in score_blocks(cached, rows, method.block):
         kl.append(kl_divergence(reference[:, span], logits))
         following = rows[:, span.start + 1 : span.stop + 1]
         logits = logits[:, : following.shape[1]]
         hits.append(next_token_hits(logits, following))
         losses.append(surprisal_of(log_probabilities(logits), following))
-        peak = max(peak, stored_bytes(cached.cache))
+        held = max(held, stored_bytes(cached.cache))
         now = code_bits(cached.cache), live_bytes(cached.cache)  # before this block is committed
     measures = (("kl", kl), ("accuracy", hits), ("loss", losses))
     result: dict = {name: torch.cat(parts, 1)[:, first:].double().mean(1).tolist() for name, parts in measures}
     result["code_bits"], live = now
-    result["bits_per_element"] = 8 * live / (2 * rows.numel() * _numbers_per_token(model))
-    result["live_bytes"], result["peak_bytes"] = live / len(rows), peak / len(rows)
+    result["stored_bits"] = 8 * held / (2 * rows.numel() * _numbers_per_token(model))
+    result["held_bytes"], result["live_bytes"] = held / len(rows), live / len(rows)
     result["widths"] = np.zeros(len(WIDTHS))
     if cached.driver is not None and cached.driver.chosen:
         chosen = torch.cat(cached.driver.chosen, dim=1)
@@ -73,7 +74,7 @@ def _numbers_per_token(model: PreTrainedModel) -> int:
 def quality_row(measured: dict) -> dict[str, float]:
     """What `measure_method` found as columns of a table: means over sequences, KL with its 95% interval."""
     return {
-        **{name: measured[name] for name in ("code_bits", "bits_per_element", "live_bytes", "peak_bytes")},
+        **{name: measured[name] for name in SIZES},
         "accuracy": float(measured["accuracy"].mean()),
         "perplexity": float(np.exp(measured["loss"].mean())),
         **interval_columns("kl", measured["kl"]),

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
-from helpers.cache import PackedKVCache
+from helpers.cache import PackedKVCache, rotation_matrix
 from helpers.cache.peak import PeakBytes
+from helpers.evaluation.methods import head_dim
 
 WORK = ("update", "commit", "commit_ready", "settle", "crop", "end_forward", "map_rows")  # methods that make tensors
 
@@ -52,6 +53,8 @@ class CacheTrace(TorchDispatchMode):
 def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
     """Trace an empty cache while the block runs: everything that its methods make or return."""
     trace, own = CacheTrace(), isinstance(cache, PackedKVCache)
+    if own:  # made once a process, for all caches
+        rotation_matrix(head_dim(cache.config))
 
     def traced(method):
         def call(*args, **kwargs):
@@ -62,10 +65,22 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
 
         return call
 
+    def received(layer, method):
+        def call(sums):
+            trace.note(sums)  # made by attention
+            with trace:
+                method(sums)
+
+        layer.add_received = call
+
     for name in WORK if own else ("update",):
         setattr(cache, name, traced(getattr(cache, name)))
+    for layer in cache.layers if own else ():
+        received(layer, layer.add_received)
     try:
         yield trace
     finally:
         for name in WORK if own else ("update",):
             delattr(cache, name)
+        for layer in cache.layers if own else ():
+            del layer.add_received

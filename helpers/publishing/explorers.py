@@ -62,7 +62,8 @@ def widths_after(followed: pd.DataFrame, tokens: Sequence[str], method: str, rea
     row = followed[(followed["method"] == method) & (followed["tokens"] == read)].iloc[0]
     first = max(0, read - shown)
     bits = row["bits"][first:read]
-    about = f"{method}; {row['live_bytes'] / 1024:.0f} KiB, {sum(row['bits']) / read:.2f} bits on average"
+    held, live = (f"{row[name] / 1024:.0f}" for name in ("held_bytes", "live_bytes"))
+    about = f"{method}; {held} KiB held ({live} live), {sum(row['bits']) / read:.2f} bits on average"
     return plots.tokens_by_width(tokens[first:read], bits, f"After {read} tokens", about)
 
 
@@ -77,14 +78,14 @@ def policy_explorer(table: pd.DataFrame):
 def within_budget(table: pd.DataFrame, budget: float, groups: Sequence[str] | None = None) -> Figure:
     """What `policy_explorer` draws: KL of the methods of `groups` (all by default) that fit the budget.
 
-    The budget is a multiple of the live bytes of static 4-bit storage.
+    The budget is a multiple of the bytes that static 4-bit storage holds.
     """
-    static = table.set_index("method").loc["static 4-bit", "live_bytes"]
-    part = table[(table["live_bytes"] <= budget * static) & (table["kl"] > 0)].sort_values("kl")
+    static = table.set_index("method").loc["static 4-bit", "held_bytes"]
+    part = table[(table["held_bytes"] <= budget * static) & (table["kl"] > 0)].sort_values("kl")
     if groups is not None:
         part = part[part["group"].isin(groups)]
     about = f"{len(part)} policies fit" if len(part) else "no policy of these fits: raise the budget or choose others"
-    return plots.kl_bars(part, f"At most {budget:.2f} of the bytes of static 4-bit", about)
+    return plots.kl_bars(part, f"At most {budget:.2f} of the bytes that static 4-bit holds", about)
 
 
 def gate_explorer(table: pd.DataFrame):

@@ -88,7 +88,7 @@ def load_benchmarks(folder: str | Path = FOLDER) -> pd.DataFrame:
 def ratio_table(table: pd.DataFrame) -> pd.DataFrame:
     """One machine's measurements as text, a row a case: times over DynamicCache's with intervals, and shares of bytes.
 
-    `bytes` is of the 4-bit and the learned cache over DynamicCache's: what is in use, and in brackets what is held.
+    `held bytes (live)` are those of the 4-bit and of the learned cache over what DynamicCache holds.
     Cells of methods that a case lacks are empty.
     """
     measured = table[table["ms"].notna()].sort_values(["kind", "shape", "batch", "context"], kind="stable")
@@ -105,9 +105,9 @@ def ratio_table(table: pd.DataFrame) -> pd.DataFrame:
         shares = []
         for method in ("static 4-bit", "learned 8-4-2"):
             if method in case.index and base["live_bytes"] > 0 and case.loc[method, "live_bytes"] > 0:
-                live, stored = (case.loc[method, name] / base[name] for name in ("live_bytes", "stored_bytes"))
-                shares.append(f"{live:.2f} ({stored:.2f})")
-        row["bytes"] = ", ".join(shares)
+                held, live = (case.loc[method, name] / base[name] for name in ("stored_bytes", "live_bytes"))
+                shares.append(f"{held:.2f} ({live:.2f})")
+        row["held bytes (live)"] = ", ".join(shares)
         rows[f"{kind}, {shape}, {context:,} tokens" + (f" x {batch}" if batch > 1 else "")] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what")
 
@@ -129,7 +129,7 @@ def benchmark_report(table: pd.DataFrame, targets: pd.DataFrame, copy_gbs: float
         parts.append(f"{kind}, {shape}, batch {batch}, {context:,} tokens; ms, and ratio to DynamicCache")
         columns = [name for name in shown if part[name].notna().any()]
         if kind != "attention":
-            columns += [name for name in ("stored_bytes", "live_bytes", "peak_bytes") if part[name].notna().any()]
+            columns += [name for name in ("peak_bytes", "stored_bytes", "live_bytes") if part[name].notna().any()]
         parts.append(part[columns].round(4).to_string(index=False))
     for row in targets[targets["result"] != "not measured"].to_dict("records"):
         interval = "" if np.isnan(row["low"]) else f" ({row['low']:.2f} to {row['high']:.2f})"

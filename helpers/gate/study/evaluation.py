@@ -11,7 +11,7 @@ from functools import partial
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from helpers.cache import live_bytes
+from helpers.cache import live_bytes, stored_bytes
 from helpers.evaluation.rouge import Rouge
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
@@ -138,8 +138,8 @@ def evaluate_large_caches(
 ) -> pd.DataFrame:
     """The gate with the large model's cache made by each factory: one row a prompt and cache.
 
-    `usage`, `tokens`, `fidelity` to the large model alone in full precision, `cache_tokens` and `live_bytes` of the
-    large model's cache at the end.
+    `usage`, `tokens`, `fidelity` to the large model alone in full precision, and of the large model's cache at the
+    end `cache_tokens`, `held_bytes` (spare room included) and `live_bytes`.
     """
     small, large, tokenizer = pair
     large_tokenizer, rouge = large_tokenizer or tokenizer, Rouge(keep_in_memory=True)
@@ -153,5 +153,5 @@ def evaluate_large_caches(
             cache = made.cache if isinstance(made, PolicyDriver) else made
             row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
             row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "cache_tokens": cache.get_seq_length()}
-            rows.append(row | {"live_bytes": live_bytes(cache)})
+            rows.append(row | {"held_bytes": stored_bytes(cache), "live_bytes": live_bytes(cache)})
     return pd.DataFrame(rows)

@@ -36,18 +36,20 @@ def pareto(table: pd.DataFrame, x: str, y: str, labels: dict[str, str], title: s
 
 
 def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subtitle: str) -> Figure:
-    """Live bytes and time per token against context length, one line a method; `styles`: method -> group."""
+    """Held and live bytes, and time per token, against context length, a line a method; `styles`: method -> group."""
     figure, (left, right) = panels(title, subtitle, (8.6, 4.5), 2)
     for number, (name, part) in enumerate(table.groupby("method", sort=False)):
         colour, marker = GROUP_STYLES[styles[name]]
         look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3, "linestyle": DASHES[number % 4]}
-        left.plot(part["tokens"], part["live_bytes"] / 2**20, label=name, **look)
+        left.plot(part["tokens"], part["held_bytes"] / 2**20, label=name, **look)
+        left.plot(part["tokens"], part["live_bytes"] / 2**20, **look | {"marker": "", "alpha": 0.45, "linewidth": 0.9})
         right.plot(part["tokens"], part["latency_ms"], **look)
-    for axes, label in ((left, "live bytes of the cache (MiB)"), (right, "time per token (ms)")):
+    for axes, label in ((left, "held by the cache (MiB)"), (right, "time per token (ms)")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel(label)
+    left.plot([], [], color="0.5", alpha=0.45, linewidth=0.9, label="thin, without markers: live bytes")
     left.set_yscale("log", base=2)
     left.yaxis.set_major_formatter("{x:g}")
     right.set_ylim(bottom=0)

@@ -19,6 +19,7 @@ from helpers.publishing.tables.gate import (
     gate_usage_table,
 )
 from helpers.publishing.tables.headline import headline_table
+from helpers.publishing.tables.memory import memory_table
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
@@ -26,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
     "quality-stories3M": lambda: quality_table("quality_stories3M"),
     "quality-large": lambda: quality_table("quality_large"),
+    "memory": memory_table,
     "benchmarks": benchmark_table,
     "multiple-choice": multiple_choice_table,
     "gate-usage": gate_usage_table,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, points
+from helpers.publishing.tables.layout import DATA, fixed, held_is_known, intervals, kl_intervals, markdown, points
 from helpers.training import ASSIGNMENT_COLUMNS, read_training_data
 
 MULTIPLE_CHOICE = "multiple_choice_stories3M"
@@ -13,14 +13,18 @@ MULTIPLE_CHOICE = "multiple_choice_stories3M"
 
 def comparison_table(name: str, latency: bool = False) -> str:
     """The methods of `data/NAME.csv`, written by `python main.py compare` or notebook 04."""
-    table = pd.read_csv(DATA / f"{name}.csv")
+    path = DATA / f"{name}.csv"
+    table = pd.read_csv(path)
     static = table.set_index("method").loc["static 4-bit"]
     full = table["method"] == "full precision"
-    held, live = (fixed(table[column] / static[column], 2) for column in ("peak_bytes", "live_bytes"))
-    shown = {
-        "method": table["method"].mask(table["group"] == "learned at settle", "**" + table["method"] + "**"),
+    shown = {"method": table["method"].mask(table["group"] == "learned at settle", "**" + table["method"] + "**")}
+    if "peak_bytes" in table:
+        shown["peak bytes / static 4-bit"] = fixed(table["peak_bytes"] / static["peak_bytes"], 2)
+    if held_is_known(table, path):
+        held, live = (fixed(table[column] / static[column], 2) for column in ("held_bytes", "live_bytes"))
+        shown["held bytes (live) / static 4-bit"] = held + " (" + live + ")"
+    shown |= {
         "code bits": fixed(table["code_bits"], 2),
-        "held bytes (live) / static 4-bit": held + " (" + live + ")",
         "KL to full precision": kl_intervals(table).mask(full, "0"),
         "next-token accuracy, points": points(table, "accuracy_change"),
     }
@@ -37,7 +41,7 @@ def quality_table(name: str) -> str:
             "text": table["text"].str.split(",").str[0].str.replace("held-out text", "text"),
             "store": table["store"],
             "code bits": fixed(table["code_bits"], 2),
-            "bits per number": fixed(table["bits_per_element"], 2),
+            "stored bits a number": fixed(table["stored_bits"], 2),
             "KL to full precision": kl_intervals(table),
             "next-token accuracy, points": points(table, "accuracy_change"),
         })
