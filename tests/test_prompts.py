@@ -104,15 +104,16 @@ def test_a_prompt_read_at_once_sees_full_precision(family, policy, dtype, length
 @pytest.mark.parametrize("chunk", [None, 24])
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
 def test_layer_by_layer_stores_what_all_layers_together_store(policy, chunk, lengths):
-    model, batch = tiny_model("llama", layers=3), left_padded(lengths)
+    model, batch = tiny_model("llama", dtype=torch.float64, layers=3), left_padded(lengths)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     cache = cache_for(model, PLANNED[policy]())
     feed(model, cache, ids, mask, chunk)
     cache.commit_ready()
     together = read_together(model, PLANNED[policy](), ids, mask, chunk)
     assert cache.committed == 96
-    same_content(cache, together)
-    assert torch.allclose(feed(model, cache, ids[:, :20]), feed(model, together, ids[:, :20]), atol=1e-6)
+    # Segments may divide the same tokens differently, and attention then sums in another order.
+    same_content(cache, together, atol=1e-10)
+    assert torch.allclose(feed(model, cache, ids[:, :20]), feed(model, together, ids[:, :20]), atol=1e-10)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
@@ -165,7 +166,7 @@ def test_generate_reads_prompts_in_chunks(policy, lengths):
 
 
 def test_a_prompt_read_in_chunks_sees_its_earlier_chunks_packed():
-    model, ids = tiny_model("llama", torch.float64 and 32, torch.float64), random_ids(1, 96)
+    model, ids = tiny_model("llama", dtype=torch.float64), random_ids(1, 96)
     full = feed(model, DynamicCache(config=model.config), ids)
     chunked = feed(model, PackedKVCache(model.config, bits=4, block=BLOCK), ids, chunk=48)
     assert torch.equal(chunked[:, :48], full[:, :48])
@@ -283,8 +284,7 @@ def test_rows_and_places_change_right_after_a_prompt(policy, operation):
         each.end_forward()
         if each.undecided:
             each.commit(4)
-    if policy != "random schedule":
-        same_content(*caches)
+    same_content(*caches)
 
 
 @pytest.mark.parametrize("plan", [Plan(4), Plan(8, (Step(2, 4), Step(4, 2)))], ids=["static", "schedule"])
@@ -317,7 +317,7 @@ def test_errors_of_held_tokens_are_those_of_the_tail():
     cache.holds = cache.record_errors = True
     for each in (cache, tail):
         feed(model, each, ids)
-    assert cache.held == 0 or tail.held == 0
+    assert not tail.stores  # nothing is committed there
     for mine, other in zip(cache.tail_errors(56), tail.tail_errors(56), strict=True):
         assert torch.allclose(mine, other, rtol=1e-4)
 

@@ -316,13 +316,13 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `beam_idx`; raises `ValueError` where a driver cannot follow."""
-        if self.is_initialized and self.rows_note:
+        if self.layers[0].is_initialized and self.rows_note:
             raise ValueError(f"the rows of this cache cannot be reordered{self.rows_note}")
         self.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        if self.is_initialized:
+        if self.layers[0].is_initialized:
             self.map_rows(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -331,7 +331,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`, in every tensor of the cache."""
-        if not self.is_initialized:
+        if not self.layers[0].is_initialized:
             return
         self.end_forward()
         for layer in self.layers:
