@@ -34,6 +34,22 @@ def check_settings(block: int, quantizer: str, max_length: int | None) -> None:
         raise ValueError(f"max_length must be a number of tokens, 1 or more, got {max_length!r}")
 
 
+def check_settling(
+    source: Widths, blocks: int, waiting: int, block: int, keep: int, scored: bool, pending: bool
+) -> None:
+    """Raise `ValueError` for what `settle` cannot do: `waiting` blocks of `block` tokens are at `source` bits."""
+    if not 1 <= blocks <= waiting:
+        raise ValueError(
+            f"blocks must lie between 1 and the number of pending blocks at {source} bits ({waiting}), got {blocks}"
+        )
+    if not 0 <= keep <= block:
+        raise ValueError(f"keep must lie between 0 and block ({block}), got {keep}")
+    if keep and pending:
+        raise ValueError("keep settles a block for good: it cannot be combined with pending")
+    if keep and not scored:
+        raise ValueError(f"keep={keep} needs scores to choose by")
+
+
 def token_widths(
     bits: Widths | np.ndarray, rows: int, tokens: int | None, pending: bool
 ) -> tuple[tuple[int, int] | np.ndarray, int | None]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from helpers.cache.accounting import Accounting
-from helpers.cache.arguments import check_settings, refuse_unsupported, token_widths
+from helpers.cache.arguments import check_settings, check_settling, refuse_unsupported, token_widths
 from helpers.cache.bucket import Bucket, Stage
 from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.finite import FiniteChecks
@@ -239,17 +239,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         """
         self.end_forward()
         stage, goal = Stage(*width_pair(source, "source"), pending=True), width_pair(target, "target")
-        if not 1 <= blocks <= self.pending_blocks(source):
-            raise ValueError(
-                f"blocks must lie between 1 and the number of pending blocks at {source} bits "
-                f"({self.pending_blocks(source)}), got {blocks}"
-            )
-        if not 0 <= keep <= self.block:
-            raise ValueError(f"keep must lie between 0 and block ({self.block}), got {keep}")
-        if keep and pending:
-            raise ValueError("keep settles a block for good: it cannot be combined with pending")
-        if keep and scores is None:
-            raise ValueError(f"keep={keep} needs scores to choose by")
+        check_settling(source, blocks, self.pending_blocks(source), self.block, keep, scores is not None, pending)
         for store in self.stores:
             store.settle(stage, goal, blocks, keep, scores, pending)
 
@@ -316,13 +306,13 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `beam_idx`; raises `ValueError` where a driver cannot follow."""
-        if self.is_initialized and self.rows_note:
+        if self.layers[0].is_initialized and self.rows_note:
             raise ValueError(f"the rows of this cache cannot be reordered{self.rows_note}")
         self.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        if self.is_initialized:
+        if self.layers[0].is_initialized:
             self.map_rows(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -331,7 +321,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`, in every tensor of the cache."""
-        if not self.is_initialized:
+        if not self.layers[0].is_initialized:
             return
         self.end_forward()
         for layer in self.layers:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from helpers.cache.bucket import Stage
-from helpers.cache.codec import Codec, Codes, make_codecs
+from helpers.cache.codec import make_codecs
 from helpers.cache.layout import Layout, Run, pop_runs
+from helpers.cache.order import by_width, in_text_order, places
 from helpers.cache.plan import Demotion, Plan, Scores
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, joined, take
@@ -120,7 +121,7 @@ class PackedStore:
             bits = (HELD.key_bits, HELD.value_bits) if plan is None else plan.pair
             key, value = self.key.encode(states[0], bits[0], layers), self.value.encode(states[1], bits[1], layers)
             total = total + (self.key.magnitude(key) + self.value.magnitude(value))
-            token, start = _places(states[0], first + at, block)
+            token, start = places(states[0], first + at, block)
             tokens = PackedTokens(key, value, token, start, seen if plan is not None and plan.steps else None)
             if plan is None:
                 layout.bucket(HELD).append_block(tokens, layers, self._allocate, first + at)
@@ -154,9 +155,9 @@ class PackedStore:
         widths: np.ndarray,
     ) -> torch.Tensor:
         """Commit tokens at the width that `widths` `[B, n]` has for each."""
-        token, start = _places(keys, first, block)
+        token, start = places(keys, first, block)
         total = 0
-        for bits, counts, slots, valid in _by_width(widths, keys.device):
+        for bits, counts, slots, valid in by_width(widths, keys.device):
             key, value = (
                 codec.encode(take(states, slots), bits, layers)
                 for codec, states in ((self.key, keys), (self.value, values))
@@ -178,7 +179,7 @@ class PackedStore:
                 bucket.put_back(rest, layers, self._allocate, run.first + ready, run.ragged)
                 run = Run(run.tokens.map(lambda x, ready=ready: x[:, :, :, :ready]), run.first, ready, run.ragged)
             part = np.where(widths[:, at : at + run.size] == FULL_WIDTH, HELD.key_bits, widths[:, at : at + run.size])
-            for bits, counts, slots, valid in _by_width(part, self.device):
+            for bits, counts, slots, valid in by_width(part, self.device):
                 tokens = run.tokens.take(slots)
                 self.note(*tokens.named().values())
                 key, _ = self.key.requantize(tokens.key, bits)
@@ -297,10 +298,10 @@ class PackedStore:
     def dense(self, layer: int, length: int) -> Iterator[torch.Tensor]:
         """Keys, then values of one layer's packed tokens in text order, dequantized: `[B, H, length, D]` each."""
         held = [segment.held(layer) for _, segment in self.layouts[layer].segments()]
-        places = [tokens.positions().masked_fill_(tokens.token == EMPTY, length) for tokens in held]
-        self.note(*places)
-        yield _in_text_order(self.key, [tokens.key for tokens in held], places, layer, length)
-        yield _in_text_order(self.value, [tokens.value for tokens in held], places, layer, length)
+        at = [tokens.positions().masked_fill_(tokens.token == EMPTY, length) for tokens in held]
+        self.note(*at)
+        yield in_text_order(self.key, [tokens.key for tokens in held], at, layer, length)
+        yield in_text_order(self.value, [tokens.value for tokens in held], at, layer, length)
 
     def crop(self, length: int) -> None:
         """Drop the tokens at positions `length` and later."""
@@ -339,40 +340,3 @@ class PackedStore:
                     yield from segment.buffers.named().values()
         every = (self.key.rotation, self.key.centre, self.value.rotation)
         yield from (x for x in every if x is not None)
-
-
-def _places(states: torch.Tensor, first: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token` and `block_start` of `PackedTokens` for states `[L, B, H, n, D]` at the positions from `first` on."""
-    layers, rows, heads, n = states.shape[:4]
-    index = torch.arange(n, device=states.device)
-    token = (index % block).to(torch.uint8).expand(layers, rows, heads, n)
-    return token, (first + index // block * block).to(torch.int32).expand(1, rows, 1, n)
-
-
-def _by_width(widths: np.ndarray, device: torch.device) -> Iterator[tuple[int, np.ndarray, torch.Tensor, torch.Tensor]]:
-    """For each width in `widths` `[B, n]`: how many tokens of each row have it, their slots, and which slots are real.
-
-    Slots `[1, B, 1, most]` are in text order; rows with fewer tokens than the longest are filled up.
-    """
-    for bits in np.unique(widths).tolist():
-        chosen = widths == bits
-        counts = chosen.sum(-1)
-        most = int(counts.max())
-        # Stable order by "not chosen" lists each row's chosen tokens first, in text order.
-        order = np.argsort(~chosen, axis=-1, kind="stable")[:, :most]
-        slots = torch.as_tensor(order, device=device)[None, :, None]
-        yield bits, counts, slots, torch.as_tensor(np.arange(most) < counts[:, None], device=device)[None, :, None]
-
-
-def _in_text_order(
-    codec: Codec, parts: list[Codes], places: list[torch.Tensor], layer: int, length: int
-) -> torch.Tensor:
-    """Decoded `parts` of one layer with each vector at its place `[B, H, n]`; place `length` is thrown away."""
-    result = None
-    for codes, at in zip(parts, places, strict=True):
-        x = codec.decode(codes, layer)
-        if result is None:
-            result = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])
-            codec.note(result)
-        result.scatter_(2, at[..., None].expand_as(x), x)
-    return result[:, :, :length]
