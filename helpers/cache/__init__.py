@@ -1,8 +1,12 @@
 """The packed key/value cache: quantization, storage, accounting of bytes, and attention that reads it.
 
-A token's key goes from `PackedKVCache.update` (`kv_cache`, `layer`) into the full-precision tail, and when its block is
-committed through `PackedStore.commit` (`store`) and `Codec.encode` (`codec`, `quantization`) into a `Bucket` (`bucket`,
-`tokens`). Which widths tokens get is no matter of this package: see `helpers.policies`.
+A token's key enters the full-precision tail in `PackedKVCache.update` (`kv_cache`, `layer`). Once its block is complete
+it is committed: by the next forward, by a driver, or, while a prompt is read, when the next layer begins (`prompt`).
+`PackedStore.commit` (`store`) has it coded by `Codec.encode` (`codec`, `quantization`) and puts it into a `Segment` of
+a `Bucket` (`bucket`, `tokens`). Attention gets the layer's `PackedStates` (`layer`) and reads the codes where they lie
+(`attention.dispatch`; `attention.reference` is the definition). Which widths tokens get: see `helpers.policies`.
+
+Shapes: L layers that are stored together, B rows of the batch, H key/value heads, n tokens or slots, D head_dim.
 """
 
 from helpers.cache.accounting import code_bits, live_bytes, stored_bytes

@@ -1,6 +1,7 @@
 """How a table of the documents looks: Markdown, numbers with intervals; and where the results files lie."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -16,10 +17,11 @@ def markdown(table: pd.DataFrame) -> str:
 
     >>> print(markdown(pd.DataFrame({"method": ["static 4-bit"], "KL": ["0.50"]})))
     | method | KL |
-    |--------------|------|
+    |---|---|
     | static 4-bit | 0.50 |
     """
-    return table.to_markdown(index=False, disable_numparse=True, stralign=None)
+    text = table.to_markdown(index=False, disable_numparse=True, stralign=None)
+    return re.sub(r"-{4,}", "---", text, count=table.shape[1])  # as wide as the longest cell is too wide to read
 
 
 def interval(row: pd.Series | dict, name: str, digits: int, scale: float = 1, sign: bool = False) -> str:
