@@ -66,4 +66,4 @@ def token_widths(
     used = [check_width(width) for width in np.unique(bits).tolist()]
     if pending and len(used) > 1:
         raise ValueError(f"pending tokens must share one width, got {used}")
-    return (used[0], used[0]) if len(used) == 1 else bits, bits.shape[1]
+    return (used[0], used[0]) if len(used) == 1 else bits.astype(np.int64), bits.shape[1]

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from helpers.cache.accounting import Accounting
 from helpers.cache.arguments import check_settings, check_settling, refuse_unsupported, token_widths
-from helpers.cache.bucket import Bucket, Stage
+from helpers.cache.bucket import Stage
 from helpers.cache.codec import CENTRE_TOKENS
 from helpers.cache.finite import FiniteChecks
 from helpers.cache.layer import PackedLayer, PackedStates
@@ -243,17 +243,10 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         for store in self.stores:
             store.settle(stage, goal, blocks, keep, scores, pending)
 
-    def _pending(self, bits: Widths) -> list[tuple[int, int]]:
-        stage = Stage(*width_pair(bits), pending=True)
-        return self.stores[0].layout.buckets.get(stage, Bucket(stage)).blocks if self.stores else []
-
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
-        return len(self._pending(bits))
-
-    def pending_tokens(self, bits: Widths, blocks: int) -> int:
-        """Number of tokens in the oldest `blocks` blocks that wait at width `bits` (a crop may leave short ones)."""
-        return sum(slots for _, slots in self._pending(bits)[:blocks])
+        stage = Stage(*width_pair(bits), pending=True)
+        return len(self.stores[0].layout.pending(stage)) if self.stores else 0
 
     def _made_stores(self) -> list[PackedStore]:
         """The stores, made and centred when the first tokens are committed: one for layers of a device and a shape."""

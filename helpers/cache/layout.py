@@ -17,6 +17,10 @@ class Layout:
         """The bucket of a stage, made where there is none."""
         return self.buckets.setdefault(stage, Bucket(stage, reserved))
 
+    def pending(self, stage: Stage) -> list[tuple[int, int]]:
+        """First position and slots of each block that waits in a stage."""
+        return self.buckets[stage].blocks if stage in self.buckets else []
+
     def changed(self) -> None:
         """Forget what was derived from the buckets: called before each change of them."""
         self.derived.clear()

@@ -7,7 +7,7 @@ itself. So nothing has to be said when something is dropped, and what is shared 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-FORGOTTEN = 10_000  # notes beyond which those of memory that has been given back are dropped
+MANY = 512  # pieces of memory, noted before it is asked which are gone
 
 
 class PeakBytes:
@@ -19,20 +19,20 @@ class PeakBytes:
     def reset(self) -> None:
         """Begin anew; what lives on has to be noted again."""
         self.bytes = 0
-        self._noted: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._sum = 0  # of all noted, living or not
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}  # what was noted and may have gone since
+        self._sum, self._many = 0, MANY  # bytes of `_known`; how long it may get
 
     def note(self, *tensors: torch.Tensor) -> None:
         """Count the memory behind `tensors` from now on, for as long as it is held."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            _, before = self._noted.get(storage._cdata, (None, 0))
-            self._noted[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            _, before = self._known.get(storage._cdata, (None, 0))
+            self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             self._sum += storage.nbytes() - before
-        # What has been given back is asked only where it matters: each time would cost more than the cache's own work.
-        if self._sum > self.bytes or len(self._noted) > FORGOTTEN:
-            self._noted = {key: noted for key, noted in self._noted.items() if not noted[0].expired()}
-            self._sum = sum(size for _, size in self._noted.values())
+        # What has gone matters only where the sum with it would be a new peak.
+        if self._sum > self.bytes or len(self._known) > self._many:
+            self._known = {key: held for key, held in self._known.items() if not held[0].expired()}
+            self._sum, self._many = sum(size for _, size in self._known.values()), 2 * len(self._known) + MANY
             self.bytes = max(self.bytes, self._sum)
 
     def __deepcopy__(self, memo: dict) -> "PeakBytes":

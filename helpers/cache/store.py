@@ -267,10 +267,8 @@ class PackedStore:
         every = range(len(self.layers))
         rank = scores(Demotion(every[layers], len(every), run.first, run.size, key_error, value_error, received))
         if rank.shape != tokens.token.shape:
-            raise ValueError(
-                f"scores must have shape {list(tokens.token.shape)} (layers, rows, heads, tokens of the "
-                f"blocks), got {list(rank.shape)}"
-            )
+            shapes = f"{list(tokens.token.shape)} (layers, rows, heads, tokens of the blocks), got {list(rank.shape)}"
+            raise ValueError(f"scores must have shape {shapes}")
         rank = rank.masked_fill(tokens.token == EMPTY, -torch.inf).unflatten(-1, (-1, run.size))
         order = rank.argsort(dim=-1, descending=True, stable=True)
         order = order + torch.arange(0, run.blocks * run.size, run.size, device=order.device)[:, None]
@@ -335,8 +333,6 @@ class PackedStore:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that this store owns; one that is shared may come more than once."""
         for layout in {id(layout): layout for layout in self.layouts}.values():
-            for bucket in layout.buckets.values():
-                for segment in bucket.segments:
-                    yield from segment.buffers.named().values()
-        every = (self.key.rotation, self.key.centre, self.value.rotation)
-        yield from (x for x in every if x is not None)
+            for _, segment in layout.segments():
+                yield from segment.buffers.named().values()
+        yield from (x for x in (self.key.rotation, self.key.centre, self.value.rotation) if x is not None)
