@@ -64,7 +64,6 @@ def test_one_row_a_method_with_everything(comparison):
     # Peak: a prompt of 32 tokens and 64 more, of every cache; full precision makes its last layer anew at each token.
     full = 2 * 2 * 2 * 32 * 4 * 96
     assert full < table.peak_bytes["full precision"] <= 1.5 * full
-    assert table.peak_bytes["static 4-bit"] < table.peak_bytes["static 16-bit"]
     assert (table.peak_bytes >= table.live_bytes).all()
     assert (table.latency_low <= table.latency_ms).all()
     chosen = [name for name in table if name.startswith("acc_") or name == "acc"]

@@ -42,5 +42,5 @@ def text_states(cache: Cache) -> TextStates:
         raise ValueError(f"a text needs {CENTRE_TOKENS} tokens or more, got {keys[0].shape[2]}")
     keys, values = torch.stack(keys), torch.stack(values)
     key_codec, value_codec = make_codecs(keys, values, "rotated")
-    key_codec.set_centre(keys)
+    key_codec.set_centre(keys, None, slice(None), len(keys))
     return TextStates(((keys, key_codec), (values, value_codec)))

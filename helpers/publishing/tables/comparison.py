@@ -41,7 +41,7 @@ def quality_table(name: str) -> str:
             "text": table["text"].str.split(",").str[0].str.replace("held-out text", "text"),
             "store": table["store"],
             "code bits": fixed(table["code_bits"], 2),
-            "stored bits a number": fixed(table["stored_bits"], 2),
+            **({"stored bits a number": fixed(table["stored_bits"], 2)} if "stored_bits" in table else {}),
             "KL to full precision": kl_intervals(table),
             "next-token accuracy, points": points(table, "accuracy_change"),
         })
