@@ -68,7 +68,7 @@ def settling(blocks: int, block: int = 8):
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, 1, blocks * block)
     received, key, value = (torch.rand(shape, generator=generator).exp().sub(0.9) for _ in range(3))
-    inputs = settle_inputs(Demotion(0, block, key, value, received))[0, 0, 0].unflatten(0, (blocks, block))
+    inputs = settle_inputs(Demotion(range(1), 1, 0, block, key, value, received))[0, 0, 0].unflatten(0, (blocks, block))
     noise = torch.randn(2, blocks, block, generator=generator).square().mean(0)
     damage = (received * value)[0, 0, 0].unflatten(0, (blocks, block)) * noise
     return inputs, damage, np.repeat(np.arange(10), blocks // 10)
