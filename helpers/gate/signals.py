@@ -24,7 +24,7 @@ class Signal:
 
     def of(self, logits: torch.Tensor) -> torch.Tensor:
         """The signal of next-token distributions `[..., vocabulary]`: `[...]`, in float32 at least."""
-        raise NotImplementedError(f"signal {self.name!r} cannot be read from the small model's logits alone")
+        raise ValueError(f"signal {self.name!r} cannot be read from the small model's logits alone")
 
     def value(
         self, small: torch.Tensor, large: torch.Tensor | None = None, draw: Callable[[], float] | None = None
