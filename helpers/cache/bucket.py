@@ -173,10 +173,15 @@ class Bucket:
         """Drop the tokens at positions `length` and later; the others keep their codes and their slots."""
         for segment in self.segments:
             segment.crop(length)
-        if self.stage.pending:
-            self.blocks = [(first, s.slots) for (first, _), s in zip(self.blocks, self.segments) if s.slots]
-        self.segments = [segment for segment in self.segments if segment.slots]
+        self._drop_empty()
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`."""
         self.segments = [segment.map_rows(index) for segment in self.segments]
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        """Give back segments that hold nothing any more."""
+        if self.stage.pending:
+            self.blocks = [(first, s.slots) for (first, _), s in zip(self.blocks, self.segments) if s.slots]
+        self.segments = [segment for segment in self.segments if segment.slots]

@@ -311,7 +311,7 @@ class PackedStore:
         """Replace the rows of the batch by the rows `index`."""
         self.layout.changed()
         for bucket in self.layout.buckets.values():
-            bucket.segments = [segment.map_rows(index) for segment in bucket.segments]
+            bucket.map_rows(index)
             self.note(*(x for segment in bucket.segments for x in segment.buffers.named().values()))
         if self.key.centre is not None:
             self.key.centre = self.key.centre.index_select(1, index)

@@ -90,11 +90,13 @@ def stale_blocks() -> list[str]:
 
 def write_documents() -> list[str]:
     """Write all tables anew and return `document: table` of those that changed."""
-    changed = stale_blocks()
+    changed = []
     for path in DOCUMENTS:
-        text, _ = _updated(path)
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        text, stale = _updated(path)
+        changed += [f"{_shown(path)}: {name}" for name in stale]
+        if stale:
+            with atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     return changed
 
 
