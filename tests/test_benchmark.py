@@ -126,7 +126,7 @@ def test_filling_commits_as_a_prompt_does(tokens, monkeypatch):
 def test_every_method_decodes_whole_blocks(key, prompt):
     method = METHODS[key]()
     if not method.installed:
-        pytest.skip(f"{key} is not installed (pip install -e .[peers])")
+        pytest.skip(f"{key} is not installed")
     run = DecodeRun(method, tiny_model("llama"), 64, 2, rounds=2, prompt=prompt)
     assert run.measure() > 0
     assert run.measure() > 0

@@ -171,7 +171,7 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
 def test_stock_caches_where_installed(model_and_tokenizer):
     methods = stock_methods()
     if not methods:
-        pytest.skip("no backend of the stock quantized cache is installed (pip install -e .[peers])")
+        pytest.skip("no backend of the stock quantized cache is installed")
     model, _ = model_and_tokenizer
     for method in methods:
         cached = method.open(model)

@@ -13,7 +13,7 @@ from helpers.evaluation.memory_targets import check_memory_targets, memory_targe
 from helpers.evaluation.methods import default_methods
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
-from helpers.models import get_preset, load_model, load_multiple_choice, sample_items
+from helpers.models import get_preset, load_model, load_multiple_choice, model_name, sample_items
 from helpers.models.sequences import load_sequences
 from helpers.models.sources import Sources
 
@@ -42,7 +42,7 @@ def quality(options: QualityOptions) -> None:
     shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"stored_bits": 2})
     print(shown.drop(columns=["tokens"]).to_string(index=False))
     about = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
-    write_table(options.out or preset.data_dir / f"quality_{Path(source).name}.csv", table, about)
+    write_table(options.out or preset.data_dir / f"quality_{model_name(source)}.csv", table, about)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def compare(options: CompareOptions) -> None:
     ]
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
-    name = options.name or "baseline_comparison" + (f"_{Path(source).name}" if options.model else "")
+    name = options.name or "baseline_comparison" + (f"_{model_name(source)}" if options.model else "")
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(ids)}
     about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
     save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})

@@ -1,8 +1,8 @@
 """Ways to store a cache, under one interface, so that every measurement treats all of them alike.
 
 `PackedMethod` is this project's cache under a policy; `FullPrecision` is what transformers does by default;
-`StockQuantized` is the library's own quantized cache, where its backend is installed (`pip install -e .[peers]`). Each
-opens a `CachedModel` on an empty cache. Tables and figures arrange methods by `Group`.
+`StockQuantized` is the library's own quantized cache, where its backend is installed. Each opens a `CachedModel` on
+an empty cache. Tables and figures arrange methods by `Group`.
 """
 
 import importlib.util

@@ -5,7 +5,7 @@ Knows nothing of policies or measurements. Models are loaded ready for packed at
 
 from helpers.models.hub import HubError
 from helpers.models.items import MultipleChoice, load_multiple_choice, sample_items, sample_texts
-from helpers.models.loading import choose_device, fingerprint, load_model, placement
+from helpers.models.loading import choose_device, fingerprint, load_model, model_name, placement
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.presets import PRESETS, Preset, get_preset
 from helpers.models.shapes import SHAPES, random_model, shape_config, weight_count
@@ -15,6 +15,6 @@ from helpers.models.tokens import check_context, check_not_empty, encode, pack_t
 __all__ = [
     "PRESETS", "SHAPES", "Article", "HubError", "MultipleChoice", "Preset", "check_context", "check_not_empty",
     "choose_device", "encode", "fingerprint", "get_preset", "load_articles", "load_model", "load_multiple_choice",
-    "load_paragraphs", "load_stories", "pack_tokens", "placement", "random_model", "read_stories", "sample_items",
-    "sample_texts", "shape_config", "split_holdout", "use_onednn_linear", "weight_count",
+    "load_paragraphs", "load_stories", "model_name", "pack_tokens", "placement", "random_model", "read_stories",
+    "sample_items", "sample_texts", "shape_config", "split_holdout", "use_onednn_linear", "weight_count",
 ]  # fmt: skip

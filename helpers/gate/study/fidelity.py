@@ -127,6 +127,8 @@ def report_fidelity(
     preset: Preset, settings: FidelitySettings, out: str | Path | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure on a preset's pair and stories, print the gains, and write them with every row and their origin."""
+    if preset.without_pair:
+        raise ValueError(preset.without_pair)
     small, tokenizer = load_model(preset.gate_small)
     large, large_tokenizer = load_model(preset.gate_large)
     check_same_tokens(tokenizer, large_tokenizer)

@@ -60,6 +60,8 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
     """Print the whole report and return the table behind it (also written to `out`, a CSV, if given)."""
     settings = settings or ReportSettings()
     names = settings.small or preset.gate_small, settings.large or preset.gate_large
+    if not all(names):
+        raise ValueError(f"{preset.without_pair}; or give --small and --large")
     (small, tokenizer), (large, large_tokenizer) = readers = load_gate_pair(*names)
     percentile = settings.percentile if settings.target_usage is None else 100 * (1 - settings.target_usage)
     gate = _calibrate(small, tokenizer, settings.calibration or preset.calibration, percentile, settings)
