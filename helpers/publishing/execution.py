@@ -27,7 +27,7 @@ PROBE = "from helpers.io.provenance import peak_memory_bytes\nprint(peak_memory_
 # What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
 FAST_PARAMETERS: dict[str, dict[str, object]] = {
     "01_data_collection": {"MAX_TOKENS": 44},
-    "02_controller_training": {"TEXTS": 4, "FISHER_TEXTS": 1, "FOLDS": 2, "ROWS": 5, "ROW_TOKENS": 192, "HIDDEN": (8,)},
+    "02_controller_training": {"TEXTS": 4, "CHECK_TEXTS": 1, "FOLDS": 2, "ROWS": 5, "ROW_TOKENS": 192, "HIDDEN": (8,)},
     "03_controller_integration": {"NEW_TOKENS": 40, "ROWS": 2, "ROUNDS": 1, "LENGTH": 320},
     "04_baseline_comparison": {"ROWS": 1, "LENGTH": 112, "FIRST": 64, "ITEMS": 2, "ROUNDS": 1, "LENGTHS": (48, 80)},
     "05_gated_generation": {"PROMPTS": 4, "TUNING": 3, "CUTS": (50,), "NEW_TOKENS": 12, "TARGETS": (0.2, 0.5)}
@@ -98,6 +98,16 @@ def _show_run(notebook: NotebookNode, stem: str) -> None:
     first.source = blocks.replace_block(first.source, "run", blocks.run_line(stem), f"{stem}.ipynb", inline=True)
 
 
+def _copy_results(source: Path, target: Path) -> None:
+    """The files of a results folder and its controllers, where there are any."""
+    target.mkdir(parents=True)
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.is_file():
+            shutil.copy(path, target)
+        elif path.name == "controllers":
+            shutil.copytree(path, target / path.name)
+
+
 def publish_fast(path: Path, out: Path) -> Run:
     """Execute the notebook `path` small; it goes to `out/notebooks`, what it writes to `out/data` and `out/figures`.
 
@@ -110,9 +120,8 @@ def publish_fast(path: Path, out: Path) -> Run:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "\n\n# fast run\n" + "\n".join(f"{name} = {value!r}" for name, value in overwrite.items())
     shutil.rmtree(out / "data", ignore_errors=True)
-    shutil.copytree(ROOT / "data" / "controllers", out / "data" / "controllers")
-    for source in filter(Path.is_file, (ROOT / "data").iterdir()):
-        shutil.copy(source, out / "data")
+    for folder in sorted({"data", get_preset().data_dir.relative_to(ROOT).as_posix()}):
+        _copy_results(ROOT / folder, out / folder)
     run = execute(notebook, path.name, path.parent, {FAST: str(out.resolve())})
     notebook.metadata["fast_run"] = True
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(FAST_MARK))
