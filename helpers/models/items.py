@@ -94,7 +94,7 @@ def load_multiple_choice(source: str | Path, split: str | None = None) -> Part[M
     def parse(record: dict, where: str) -> tuple[MultipleChoice, str]:
         return parse_item(record, where), item_schema(record)
 
-    part = load_records(source, parse, split, "validation", "item")
+    part = load_records(source, parse, split, "validation", "item", content=lambda pair: pair[0].text)
     return Part([item for item, _ in part], part.split, "; ".join(sorted({schema for _, schema in part})))
 
 

@@ -5,7 +5,7 @@ What a record holds is told by `items` and `stories`.
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +36,7 @@ def load_records(
     set_split: str = "train",
     unit: str = "record",
     cut: bool = True,
+    content: Callable[[T], Hashable] = lambda record: record,
 ) -> Part[T]:
     """Records, each through `parse(record, where)`, of a JSONL file, or of the data set `source`.
 
@@ -64,4 +65,4 @@ def load_records(
             own.append(record.get("split"))
     if not records:
         raise ValueError(f"{path.name}: holds no items")
-    return choose(records, split if place.named else split or set_split, place, unit, own, cut=cut)
+    return choose(records, split if place.named else split or set_split, place, unit, own, cut=cut, content=content)

@@ -17,6 +17,8 @@ def take_sequences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], len
     """
     if most < 1:
         raise ValueError(f"the number of sequences must be 1 or more, got {most}")
+    if not texts:
+        raise ValueError("there is no text to read")
     every = min(sum(map(len, texts)) // (ENOUGH * length * most), len(texts) // (16 * most))
     sequences = pack_tokens(tokenizer(list(texts[:: max(1, every)]), verbose=False)["input_ids"], length)
     if not sequences:

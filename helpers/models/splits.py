@@ -2,10 +2,11 @@
 
 A file or data set of the split that is asked for is read whole. Where training and testing have to share a file, the
 records' own `split` fields decide if they name two or more; else it is cut in two, in file order, and never within an
-article, a story or an item: the first part is for training ("train"), the second for testing (any other split).
+article, a story or an item: the first part is for training ("train"), the second for testing (any other split), and
+what stands in both is left to testing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -69,11 +70,13 @@ def choose(
     own: Sequence[str | None] = (),
     holdout: float = 0.5,
     cut: bool = True,
+    content: Callable[[T], Hashable] = lambda unit: unit,
 ) -> Part[T]:
     """The units that belong to `split`, of all that the file of `place` holds; all of them without `split`.
 
     `own` are the splits that the records themselves name, `holdout` is the share that testing gets where the file is
-    cut. Without `cut`, a file that the user named is not. Raises `ValueError` where nothing is left or to be cut.
+    cut. Without `cut`, a file that the user named is not. `content` is that by which two units are the same. Raises
+    `ValueError` where nothing is left or to be cut.
     """
     name, count = place.path.name, len(units)
     if split is None or not place.shared:
@@ -93,5 +96,11 @@ def choose(
             "<|endoftext|>, else at ' = Title = ' headings, else at blank lines)"
         )
     first, last = split_holdout(units, holdout)
-    chosen, which = (first, "first") if split == TRAINING else (last, "last")
-    return Part(chosen, f"by {unit}, the {which} {len(chosen)} of {count} in {name}")
+    if split != TRAINING:
+        return Part(last, f"by {unit}, the last {len(last)} of {count} in {name}")
+    tested = set(map(content, last))
+    chosen = [x for x in first if content(x) not in tested]
+    if not chosen:
+        raise ValueError(f"{name}: every {unit} of its training part stands in its testing part too")
+    less = f", less {len(first) - len(chosen)} that testing reads too" if len(chosen) < len(first) else ""
+    return Part(chosen, f"by {unit}, the first {len(first)} of {count} in {name}{less}")
