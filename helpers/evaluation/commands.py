@@ -23,7 +23,7 @@ class QualityOptions(Sources):
     """What `quality` reads."""
 
     sequences: int = 200  # sequences that the model samples
-    last: float = 0.1  # share of a file, from the end, that is read, less what training reads
+    last: float = 0.1  # share of a file of texts, from the end, that is read
     max_rows: int = 200  # sequences of 512 tokens of text at most
 
 
