@@ -186,7 +186,7 @@ def test_stock_caches_where_installed(model_and_tokenizer):
 
 def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     texts = tmp_path / "stories.txt"
-    texts.write_text("\n<|endoftext|>\n".join(["the cat sat on the mat " * 60] * 40))
+    texts.write_text("\n<|endoftext|>\n".join(f"{i} " + "the cat sat on the mat " * 60 for i in range(40)))
     common = ["--model", str(tiny_folder), "--texts", str(texts)]
     controllers = tmp_path / "controllers"
     assert main.main(["train", *common, "--rows", "3", "--out", str(controllers)]) == 0

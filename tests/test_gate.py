@@ -636,15 +636,15 @@ def test_articles_are_cut_to_fit_and_sampled_apart(pair):
 def test_texts_are_read_in_the_formats_of_the_real_sets(tmp_path):
     wiki = tmp_path / "wiki.txt"
     wiki.write_text(" = A Title = \n One paragraph . \n = = Section = = \n Another one . \n", encoding="utf-8")
-    assert load_paragraphs(str(wiki)) == ["One paragraph .", "Another one ."]
+    assert load_paragraphs(str(wiki), cut=False) == ["One paragraph .", "Another one ."]
     stories = tmp_path / "stories.txt"
     stories.write_text("One story.\nIts end.\n<|endoftext|>\nAnother.\n", encoding="utf-8")
-    assert load_paragraphs(str(stories)) == ["One story.\nIts end.", "Another."]
+    assert load_paragraphs(str(stories), cut=False) == ["One story.\nIts end.", "Another."]
     assert len(load_paragraphs(PRESETS["embedded"].stories)) == 57
     assert len(load_articles(PRESETS["embedded"].articles)) == 57
     wiki.write_text(" = A Title = \n", encoding="utf-8")
     with pytest.raises(ValueError, match="headings only"):
-        load_paragraphs(str(wiki))
+        load_paragraphs(str(wiki), cut=False)
 
 
 def test_there_are_a_hundred_calibration_texts_and_none_is_a_test_prompt():

@@ -12,7 +12,8 @@ from helpers.evaluation.methods import PackedMethod
 from helpers.evaluation.metrics import kl_divergence, next_token_hits
 from helpers.evaluation.quality import full_precision_accuracy, measure_method
 from helpers.models.loading import load_model
-from helpers.models.stories import read_stories, split_holdout
+from helpers.models.splits import split_holdout
+from helpers.models.stories import read_stories
 from helpers.models.tokens import pack_tokens
 from helpers.policies.rules import FixedBits
 

@@ -93,3 +93,29 @@ def test_a_prompt_is_quantized_as_its_blocks_are(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
         assert pieces[0].shape == (3, 5, 7, 32 * bits // 8)
         assert pieces[1].shape == (3, 5, 7, 2)
+
+
+@pytest.mark.parametrize("n", [4, 32, 64, 80, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compiled_loops_do_what_tensor_operations_do(n, bits, monkeypatch):
+    x = torch.randn(3, 500, n, generator=torch.Generator().manual_seed(n)) * 3 + 1
+    x[0, 0], x[0, 1] = 1.5, 0.0  # constant vectors have a scale of zero
+    codes, scales = quantize(x, bits)
+    assert quantization._compiled() is not None
+    monkeypatch.setattr(quantization, "_compiled", lambda: None)
+    expected, expected_scales = quantize(x, bits)
+    differ = (codes != expected).any(-1) | (scales != expected_scales).any(-1)
+    assert differ.float().mean() < 0.002, "more than ties between two grids"
+    errors = [
+        (dequantize(*each, bits, x.dtype) - x).square().sum(-1)
+        for each in ((codes, scales), (expected, expected_scales))
+    ]
+    torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_compiled_loops_pass_on_that_a_number_is_not_finite(bad):
+    x = torch.randn(3, 64)
+    x[1, 5] = bad
+    for bits in (2, 4, 8):
+        assert torch.equal(quantize(x, bits)[1].isfinite().all(-1), torch.tensor([True, False, True]))

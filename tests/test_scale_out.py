@@ -41,7 +41,7 @@ def sources(tmp_path_factory) -> dict[str, str]:
             "endings": [sentence(3 + j, 100 * i + j) for j in range(3)],
             "label": i % 3,
         }
-        for i in range(21)
+        for i in range(42)  # half of them for training
     ]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(sentence(600, i) for i in range(60)))

@@ -16,7 +16,8 @@ from helpers.models.hub import HubError, fetch_model
 from helpers.models.items import load_multiple_choice, sample_texts
 from helpers.models.loading import choose_device, load_model
 from helpers.models.presets import PRESETS, get_preset
-from helpers.models.stories import load_articles, load_stories, read_stories, split_holdout
+from helpers.models.splits import split_holdout
+from helpers.models.stories import load_articles, load_stories, read_stories
 from helpers.models.tokens import encode, pack_tokens
 
 ITEM = {"ind": 4, "ctx": "A dog runs. ", "endings": ["It barks.", "It flies."], "label": "0"}
@@ -272,7 +273,7 @@ def test_openings_are_the_stories_cut_in_two():
 
 def test_articles_in_official_format(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"id": 1, "article": " A. ", "highlights": "B."})
-    assert [(a.article, a.highlights) for a in load_articles(path)] == [("A.", "B.")]
+    assert [(a.article, a.highlights) for a in load_articles(path, None)] == [("A.", "B.")]
     with pytest.raises(ValueError, match=r"line 1: missing field\(s\) \['highlights'\]; expected article, highlights"):
         load_articles(write_lines(path, {"article": "A."}))
 

@@ -62,19 +62,13 @@ class Segment:
     def write(self, tokens: PackedTokens, layers: slice, done: np.ndarray, take: np.ndarray, ragged: bool) -> None:
         """Add slots `done[row]` to `done[row] + take[row]` of `tokens` to each row, in the layers `layers`."""
         even = (self.fill == self.fill[0]).all() and (done == done[0]).all() and (take == take[0]).all()
-        rows = torch.as_tensor(np.repeat(np.arange(len(take)), take))
-        step = np.concatenate([np.arange(n) for n in take])
-        source = torch.as_tensor(step + np.repeat(done, take))
-        target = torch.as_tensor(step + np.repeat(self.fill, take))
+        rows = [slice(None)] if even else [slice(row, row + 1) for row in range(len(take))]
         buffers = self.buffers.named()
         for name, new in tokens.named().items():
             buffer = buffers[name]
             buffer = buffer[layers] if buffer.shape[0] > 1 else buffer
-            if even:
-                at, first, n = int(self.fill[0]), int(done[0]), int(take[0])
-                buffer[:, :, :, at : at + n] = new[:, :, :, first : first + n]
-            else:
-                buffer[:, rows, :, target] = new[:, rows, :, source]
+            for row, at, first, n in zip(rows, self.fill.tolist(), done.tolist(), take.tolist()):
+                buffer[:, row, :, at : at + n] = new[:, row, :, first : first + n]
         self.fill = self.fill + take
         self.ragged = self.ragged or ragged or not (self.fill == self.fill[0]).all()
 

@@ -8,6 +8,7 @@ vector is enough (QuaRot, arXiv 2404.00456).
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
@@ -16,7 +17,7 @@ FULL_WIDTH = 16
 Widths = int | tuple[int, int]  # of keys and values alike, or (key bits, value bits)
 # Shares of the half range that the 2-bit step search tries; a Gaussian vector of 32-256 elements is best at 0.5-0.7.
 STEP_SEARCH = tuple(1.0 - 0.05 * i for i in range(12))
-NUMBERS_AT_ONCE = 2**18  # worked on together: few operations for a block, and what is made of them stays in CPU caches
+NUMBERS_AT_ONCE = 2**18  # of the search by tensor operations: few operations for a block, and bounded memory
 
 
 def check_width(bits: int, name: str = "bits") -> int:
@@ -95,27 +96,39 @@ def quantize(
     shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8. `note` is told of the larger
     tensors that are made on the way.
     """
-    if x.device.type == "cpu" and x.numel() > NUMBERS_AT_ONCE:
-        vectors = x.reshape(-1, x.shape[-1]).split(max(1, NUMBERS_AT_ONCE // x.shape[-1]))
-        codes, scales = (torch.cat(parts) for parts in zip(*(_quantize(part, bits, search, note) for part in vectors)))
-        note(codes, scales)
-        return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
-    return _quantize(x, bits, search, note)
-
-
-def _quantize(x: torch.Tensor, bits: int, search: bool, note: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    search = search and bits == 2
+    compiled = _compiled() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+    if compiled:
+        vectors = x.reshape(-1, x.shape[-1]).contiguous().detach()
+        low, high = compiled.ends(vectors, STEP_SEARCH if search else ())
+    else:
+        vectors, (low, high) = x, x.aminmax(dim=-1, keepdim=True)
     note(low, high)
-    if bits == 2 and search:
+    if search and not compiled:
         low, high = _best_range(x, low, high, note)
     scales = torch.cat([(high - low) / (2**bits - 1), low], dim=-1).to(torch.float16)
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
     exact = scales.to(x.dtype)
-    note(scales, exact)
-    codes = _round_to_grid(x, *exact.split(1, dim=-1), bits, note, torch.uint8)
-    packed = pack_codes(codes, bits)
+    note(vectors, scales, exact)
+    if compiled:
+        packed = compiled.pack(vectors, exact, bits)
+    else:
+        packed = pack_codes(_round_to_grid(vectors, *exact.split(1, dim=-1), bits, note, torch.uint8), bits)
     note(packed)
-    return packed, scales
+    return packed.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> ModuleType | None:
+    """The inner loops compiled for this processor, None where they cannot be."""
+    try:
+        from helpers.cache import quantization_cpu
+
+        quantization_cpu.ends(torch.zeros(1, 4), ())
+    except Exception as error:  # whatever a compiler raises
+        print(f"quantizing without compiled loops ({type(error).__name__}: {error})")
+        return None
+    return quantization_cpu
 
 
 def _best_range(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -10,11 +11,20 @@ from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
 from helpers.evaluation.memory_targets import check_memory_targets, memory_targets_text
-from helpers.evaluation.methods import default_methods
+from helpers.evaluation.methods import default_methods, seven_methods
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
-from helpers.models import get_preset, load_model, load_multiple_choice, model_name, sample_items
-from helpers.models.sequences import load_sequences
+from helpers.models import (
+    Part,
+    check_context,
+    load_last,
+    load_model,
+    load_multiple_choice,
+    load_stories,
+    model_name,
+    sample_items,
+    take_sequences,
+)
 from helpers.models.sources import Sources
 
 
@@ -23,17 +33,18 @@ class QualityOptions(Sources):
     """What `quality` reads."""
 
     sequences: int = 200  # sequences that the model samples
-    last: float = 0.1  # share of the texts, from the end, that is read
+    last: float = 0.1  # share of a file of texts, from the end, that is read
     max_rows: int = 200  # sequences of 512 tokens of text at most
 
 
 def quality(options: QualityOptions) -> None:
     """Print and write what fixed widths cost on text that the model samples and on text that it did not write."""
-    preset = get_preset(options.preset)
-    source, texts = options.model or preset.model, options.texts or preset.stories
+    preset = options.get_preset()
+    source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
+    texts = load_last(texts_source, options.last, preset.test_split)
     model, tokenizer = load_model(source)
+    ids = take_sequences(tokenizer, texts, 512, options.max_rows)
     sampled = fixed_widths.sample_sequences(model, options.sequences, 256, options.seed)
-    ids = load_sequences(tokenizer, texts, 512, options.max_rows, holdout=options.last)
     held_out, text = torch.tensor(ids, device=model.device), "held-out text, positions 256-511"
     table = pd.concat([
         fixed_widths.quality_table(model, sampled, fixed_widths.SAMPLED_METHODS, "sampled"),
@@ -41,7 +52,8 @@ def quality(options: QualityOptions) -> None:
     ])  # fmt: skip
     shown = table.round({c: 4 for c in table.columns if c.startswith(("kl", "acc"))} | {"stored_bits": 2})
     print(shown.drop(columns=["tokens"]).to_string(index=False))
-    about = {"model": relative_to_root(source), "source": relative_to_root(texts), "seed": options.seed}
+    about = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": texts.split}
+    about["seed"] = options.seed
     write_table(options.out or preset.data_dir / f"quality_{model_name(source)}.csv", table, about)
 
 
@@ -52,7 +64,9 @@ class CompareOptions(Sources):
     controllers: str | None = None  # folder of controllers instead of the preset's
     items: str | None = None  # multiple-choice file or hub name instead of the preset's
     count: int = 200  # multiple-choice items, drawn at random; 0 for none
-    max_rows: int = 200  # sequences of 512 tokens of the last tenth of the texts
+    max_rows: int = 200  # sequences of the testing part of the texts at most, evenly spaced
+    length: int = 512  # tokens of a sequence; its second half counts
+    methods: Literal["all", "seven"] = "all"  # or those that the assignment's question is answered by
     rounds: int = 3  # rounds of timed decoding; 0 for none
     name: str | None = None  # of the result files instead of baseline_comparison or ..._MODEL
     batch: int = 25  # sequences read at once: what several processes share out
@@ -60,17 +74,22 @@ class CompareOptions(Sources):
 
 def compare(options: CompareOptions) -> None:
     """Print and write the comparison of Part 4 on one model."""
-    preset = get_preset(options.preset)
-    source, texts = options.model or preset.model, options.texts or preset.stories
-    items_source = options.items or preset.multiple_choice
+    preset = options.get_preset()
+    source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
+    items_source = options.find(options.items, preset.multiple_choice)
+    chosen = {"all": default_methods, "seven": seven_methods}[options.methods]
+    methods = chosen(options.controllers or preset.data_dir / "controllers")
     with one_first():
+        texts = load_stories(texts_source, preset.test_split)
+        found = load_multiple_choice(items_source, preset.test_split) if options.count else Part()
         model, tokenizer = load_model(source, quiet=not is_main_process())
-        items = load_multiple_choice(items_source, preset.test_split) if options.count else []
-        ids = load_sequences(tokenizer, texts, 512, options.max_rows, preset.test_split, holdout=0.1)
-    methods = default_methods(options.controllers or preset.data_dir / "controllers")
-    items = sample_items(items, min(options.count, len(items)), options.seed) if items else []
+    ids = take_sequences(tokenizer, texts, options.length, options.max_rows)
+    check_context(model, options.length)
+    items = sample_items(found, min(options.count, len(found)), options.seed) if found else []
     sequences = torch.tensor(ids, device=model.device)
-    result = compare_methods(model, tokenizer, sequences, items, methods, rounds=options.rounds, batch=options.batch)
+    result = compare_methods(
+        model, tokenizer, sequences, items, methods, options.length // 2, options.rounds, options.batch
+    )
     if not is_main_process():
         return
     shown = [
@@ -87,8 +106,10 @@ def compare(options: CompareOptions) -> None:
     print(result.table[[c for c in shown if c in result.table]].round(4).to_string(index=False))
     print(standard_pairs(result).round(5).to_string(index=False))
     name = options.name or "baseline_comparison" + (f"_{model_name(source)}" if options.model else "")
-    about = {"model": relative_to_root(source), "texts": relative_to_root(texts), "rows": len(ids)}
-    about |= {"items": relative_to_root(items_source), "item_count": len(items), "seed": options.seed}
+    about = {"model": relative_to_root(source), "texts": relative_to_root(texts_source), "rows": len(ids)}
+    about |= {"length": options.length, "first": options.length // 2}
+    about |= {"split": texts.split, "items": relative_to_root(items_source), "item_count": len(items)}
+    about |= {"items_split": found.split, "items_schema": found.schema, "seed": options.seed}
     save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})
 
 

@@ -68,10 +68,11 @@ def compare_methods(
     rows, methods, controls = [], [], []
     of_texts: dict[str, dict[str, np.ndarray]] = {}  # method -> measure -> value of each sequence
     of_items: dict[str, dict[str, np.ndarray]] = {}
+    references: dict[int, torch.Tensor] = {}
 
     def measure(method: Method, group: Group) -> tuple[float, ...]:
         """Add a row, and return the shares of the widths that the method chose."""
-        measured = measure_method(model, sequences, method, first, batch)
+        measured = measure_method(model, sequences, method, first, batch, references)
         row = {"method": method.name, "group": group.name, "peak_bytes": float("nan"), **quality_row(measured)}
         of_texts[method.name] = {name: measured[name] for name in ("kl", "accuracy")}
         if items and group.chooses_endings:

@@ -107,6 +107,24 @@ def stock_methods() -> list[StockQuantized]:
     return [method for method in map(StockQuantized, BACKENDS) if method.installed]
 
 
+def seven_methods(controllers: str | Path) -> list[Group]:
+    """What answers the assignment's question: full precision, static 4-bit storage (ours and the library's), the rule,
+    the controller that imitates it, the settled one, and its schedule with tokens drawn at random.
+    """
+    imitation = LearnedController.load(controllers, "imitation")
+    settle = LearnedController.load(controllers, "settle")
+    control = AgeSchedule(settle.commit, settle.steps, "random")
+    return [
+        Group("full precision", [FullPrecision()]),
+        Group("static", [PackedMethod(FixedBits(4))]),
+        Group("rule", [PackedMethod(EntropyRule())]),
+        Group("learned at commit", [PackedMethod(imitation)]),
+        Group("learned at settle", [PackedMethod(settle)]),
+        Group("schedule", [PackedMethod(control)]),
+        Group("stock", stock_methods()[:1]),
+    ]
+
+
 def default_methods(controllers: str | Path) -> list[Group]:
     """All methods of the comparison, the learned ones read from the folder `controllers`.
 

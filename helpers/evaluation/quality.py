@@ -15,13 +15,22 @@ from helpers.policies.features import log_probabilities, surprisal_of
 SIZES = ("code_bits", "stored_bits", "held_bytes", "live_bytes")
 
 
+KEPT_BYTES = 4 * 2**30  # of full-precision logits that are kept for the next method
+
+
 @torch.no_grad()
 def measure_method(
-    model: PreTrainedModel, sequences: torch.Tensor, method: Method, first: int = 0, batch: int = 25
+    model: PreTrainedModel,
+    sequences: torch.Tensor,
+    method: Method,
+    first: int = 0,
+    batch: int = 25,
+    references: dict[int, torch.Tensor] | None = None,
 ) -> dict[str, object]:
     """Quality of one method on `sequences` `[count, tokens]`, over the positions from `first` on.
 
-    Several processes (see `helpers.io.processes`) share the batches; all get the same result.
+    Several processes (see `helpers.io.processes`) share the batches; all get the same result. In `references` the
+    full-precision logits are kept for other methods on the same sequences, as far as there is room.
     Returns per-sequence arrays `kl` (nats to full precision), `accuracy` and `loss` (nats per token); averages, of one
     sequence: `held_bytes`, the most that the cache owned while the text was read, spare room included; `stored_bits`,
     these in bits a number of the whole sequence; `code_bits` and `live_bytes` of the cache as the last token sees it,
@@ -29,7 +38,7 @@ def measure_method(
     """
     batches = sequences.split(batch)
     parts = spread(
-        lambda number: _measure_batch(model, batches[number], method, number, first),
+        lambda number: _measure_batch(model, batches[number], method, number, first, references),
         list(map(len, batches)),
         method.name,
     )
@@ -39,21 +48,44 @@ def measure_method(
     return {**arrays, **means, "widths": tuple(widths / max(widths.sum(), 1))}
 
 
-def _measure_batch(model: PreTrainedModel, rows: torch.Tensor, method: Method, number: int, first: int) -> dict:
+def _reference(
+    model: PreTrainedModel, rows: torch.Tensor, number: int, first: int, known: dict[int, torch.Tensor] | None
+) -> torch.Tensor:
+    """Full-precision logits of batch `number` from position `first` on, `[rows, tokens, vocabulary]`."""
+    known = {} if known is None else known
+    if number in known:
+        return known[number]
+    logits = model(input_ids=rows, logits_to_keep=rows.shape[1] - first).logits
+    if logits.nbytes + sum(each.nbytes for each in known.values()) <= KEPT_BYTES:
+        known[number] = logits
+    return logits
+
+
+def _measure_batch(
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    method: Method,
+    number: int,
+    first: int,
+    references: dict[int, torch.Tensor] | None,
+) -> dict:
     """`measure_method` for the rows of batch `number`; `widths` are counts."""
-    reference = model(input_ids=rows).logits
+    reference = _reference(model, rows, number, first, references)
     cached = method.open(model, number)
     kl, hits, losses, held = [], [], [], 0
     for span, logits in score_blocks(cached, rows, method.block):
-        kl.append(kl_divergence(reference[:, span], logits))
-        following = rows[:, span.start + 1 : span.stop + 1]
-        logits = logits[:, : following.shape[1]]
-        hits.append(next_token_hits(logits, following))
-        losses.append(surprisal_of(log_probabilities(logits), following))
+        if span.stop > first:
+            start = max(span.start, first)
+            logits = logits[:, start - span.start :]
+            kl.append(kl_divergence(reference[:, start - first : span.stop - first], logits))
+            following = rows[:, start + 1 : span.stop + 1]
+            logits = logits[:, : following.shape[1]]
+            hits.append(next_token_hits(logits, following))
+            losses.append(surprisal_of(log_probabilities(logits), following))
         held = max(held, stored_bytes(cached.cache))
         now = code_bits(cached.cache), live_bytes(cached.cache)  # before this block is committed
     measures = (("kl", kl), ("accuracy", hits), ("loss", losses))
-    result: dict = {name: torch.cat(parts, 1)[:, first:].double().mean(1).tolist() for name, parts in measures}
+    result: dict = {name: torch.cat(parts, 1).double().mean(1).tolist() for name, parts in measures}
     result["code_bits"], live = now
     result["stored_bits"] = 8 * held / (2 * rows.numel() * _numbers_per_token(model))
     result["held_bytes"], result["live_bytes"] = held / len(rows), live / len(rows)

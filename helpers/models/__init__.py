@@ -8,13 +8,17 @@ from helpers.models.items import MultipleChoice, load_multiple_choice, sample_it
 from helpers.models.loading import choose_device, fingerprint, load_model, model_name, placement
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.presets import PRESETS, Preset, get_preset
+from helpers.models.sequences import take_sequences
 from helpers.models.shapes import SHAPES, random_model, shape_config, weight_count
-from helpers.models.stories import Article, load_articles, load_paragraphs, load_stories, read_stories, split_holdout
+from helpers.models.splits import Part, split_holdout
+from helpers.models.stories import Article, load_articles, load_last, load_paragraphs, load_stories, read_stories
+from helpers.models.text_files import TEXT_FILES, in_folder
 from helpers.models.tokens import check_context, check_not_empty, encode, pack_tokens
 
 __all__ = [
-    "PRESETS", "SHAPES", "Article", "HubError", "MultipleChoice", "Preset", "check_context", "check_not_empty",
-    "choose_device", "encode", "fingerprint", "get_preset", "load_articles", "load_model", "load_multiple_choice",
-    "load_paragraphs", "load_stories", "model_name", "pack_tokens", "placement", "random_model", "read_stories",
-    "sample_items", "sample_texts", "shape_config", "split_holdout", "use_onednn_linear", "weight_count",
+    "PRESETS", "SHAPES", "TEXT_FILES", "Article", "HubError", "MultipleChoice", "Part", "Preset", "check_context",
+    "check_not_empty", "choose_device", "encode", "fingerprint", "get_preset", "in_folder", "load_articles",
+    "load_last", "load_model", "load_multiple_choice", "load_paragraphs", "load_stories", "model_name", "pack_tokens",
+    "placement", "random_model", "read_stories", "sample_items", "sample_texts", "shape_config", "split_holdout",
+    "take_sequences", "use_onednn_linear", "weight_count",
 ]  # fmt: skip

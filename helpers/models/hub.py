@@ -62,10 +62,11 @@ def fetch_dataset(source: str, split: str, silence: float = SILENCE_SECONDS):
 def _error(kind: str, name: str, reason: str) -> HubError:
     download = "hf download --repo-type dataset" if kind == "data set" else "hf download"
     kept = "JSONL or story file" if kind == "data set" else "folder"
+    folder = ", or set TEXTS_DIR to a folder of the files that data/README.md lists" if kind == "data set" else ""
     return HubError(
         f"{kind} '{name}' could not be had from the Hugging Face hub: {reason.rstrip('.')}. To run offline, use "
         f"PRESET=embedded, which needs no network, or fetch it where there is one ({download} {name}) and give the "
-        f"path of the local {kept} instead of the name."
+        f"path of the local {kept} instead of the name{folder}."
     )
 
 

@@ -5,10 +5,13 @@ of `embedded`, are of the hub.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from helpers.io import ROOT, results_root
+from helpers.models.text_files import in_folder
+
+TEXTS = ("multiple_choice", "stories", "articles", "calibration")  # fields of `Preset` that name texts
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,23 @@ PRESETS = {
 }
 
 
-def get_preset(name: str | None = None) -> Preset:
-    """The preset `name`, by default that of the environment variable PRESET, else "embedded"."""
+def get_preset(name: str | None = None, texts_dir: str | None = None) -> Preset:
+    """The preset `name`, by default that of the environment variable PRESET, else "embedded".
+
+    Texts of the hub lead to the folder `texts_dir`, or that of the variable TEXTS_DIR, where one is set.
+    """
     name = name or os.environ.get("PRESET") or DEFAULT_PRESET
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    return replace(preset, **{field: in_folder(getattr(preset, field), texts_dir) for field in TEXTS})
+
+
+def needed_by(source: str) -> str:
+    """What needs the texts `source`, in words for a message."""
+    uses: dict[str, list[str]] = {}
+    for preset in PRESETS.values():
+        for field in TEXTS:
+            if getattr(preset, field) == source:
+                uses.setdefault(field.replace("_", "-"), []).append(preset.name)
+    return "; ".join(f"the {field} texts of preset {', '.join(names)}" for field, names in uses.items()) or "asked for"

@@ -1,15 +1,16 @@
-"""Records of a JSONL file or of a hub data set, each checked as it is read; a local file wins over the hub.
+"""Records of a JSONL file or of a data set, each checked as it is read; a local file wins over the hub.
 
 What a record holds is told by `items` and `stories`.
 """
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TypeVar
 
 from helpers.models.hub import fetch_dataset
+from helpers.models.splits import Part, choose, locate
 
 T = TypeVar("T")
 
@@ -29,18 +30,26 @@ def require_fields(record: dict, fields: tuple[str, ...], where: str) -> None:
 
 
 def load_records(
-    source: str | Path, parse: Callable[[dict, str], T], split: str | None = None, hub_split: str = "train"
-) -> list[T]:
-    """Records, each through `parse(record, where)`, of the JSONL file `source`, else of the hub data set of that name.
+    source: str | Path,
+    parse: Callable[[dict, str], T],
+    split: str | None = None,
+    set_split: str = "train",
+    unit: str = "record",
+    cut: bool = True,
+    content: Callable[[T], Hashable] = lambda record: record,
+) -> Part[T]:
+    """Records, each through `parse(record, where)`, of a JSONL file, or of the data set `source`.
 
-    Of a file, the records that name this `split` or none (all without `split`); of a hub data set (`name` or
-    `name:configuration`), `split` or `hub_split`. Raises `ValueError` that names file and line for anything else.
+    Of a file, what `splits.choose` finds for `split` (all without one); of a data set in a folder of texts or on the
+    hub (`name` or `name:configuration`), `split` or else `set_split`. Raises `ValueError` that names file and line for
+    anything else.
     """
-    if not Path(source).is_file():
-        data = fetch_dataset(str(source), split or hub_split)
-        return [parse(record, f"{source}[{i}]") for i, record in enumerate(data)]
-    path = Path(source)
-    records = []
+    place = locate(source, split or set_split)
+    if place.path is None:
+        split = split or set_split
+        data = fetch_dataset(str(source), split)
+        return Part([parse(record, f"{source}[{i}]") for i, record in enumerate(data)], f"the hub's split {split}")
+    path, records, own = place.path, [], []
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -52,9 +61,8 @@ def load_records(
                 raise ValueError(f"{where}: not JSON ({error.msg})") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            parsed = parse(record, where)
-            if split is None or record.get("split", split) == split:
-                records.append(parsed)
+            records.append(parse(record, where))
+            own.append(record.get("split"))
     if not records:
-        raise ValueError(f"{path.name}: holds no items" + (f" of split {split!r}" if split else ""))
-    return records
+        raise ValueError(f"{path.name}: holds no items")
+    return choose(records, split if place.named else split or set_split, place, unit, own, cut=cut, content=content)

@@ -1,53 +1,89 @@
 """Stories and other running texts, and articles to go on from: of a file, of multiple-choice items or of the hub."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.models.hub import fetch_dataset
-from helpers.models.items import load_multiple_choice, parse_item
+from helpers.models.items import parse_item
 from helpers.models.records import load_records, open_text, require_fields
+from helpers.models.splits import TRAINING, Part, choose, locate
 
 STORY_SEPARATOR = "<|endoftext|>"
+TITLE = re.compile(r"^(?=[ \t]*= [^=\n].* =[ \t]*$)", re.MULTILINE)  # of the first level: ` = Title = `
+HELD_OUT = 0.1  # share of a text file that is for testing
+
+
+def cut_text(text: str) -> tuple[list[str], str]:
+    """The texts that a file's text holds, and what they are: stories, or else articles, or else paragraphs.
+
+    Stories end at `<|endoftext|>`, articles begin at WikiText's ` = Title = `, paragraphs end at blank lines.
+    """
+    if STORY_SEPARATOR in text:
+        parts, unit = text.split(STORY_SEPARATOR), "story"
+    elif TITLE.search(text):
+        parts, unit = TITLE.split(text), "article"
+    else:
+        parts, unit = re.split(r"\n\s*\n", text), "paragraph"
+    return [part.strip() for part in parts if part.strip()], unit
+
+
+def _read_texts(path: Path) -> tuple[list[str], str]:
+    try:
+        with open_text(path) as file:
+            texts, unit = cut_text(file.read())
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"text file {path}: cannot be read as UTF-8 text ({error})") from error
+    if not texts:
+        raise ValueError(f"text file {path}: holds no text; expected stories separated by {STORY_SEPARATOR}")
+    return texts, unit
 
 
 def read_stories(path: str | Path) -> list[str]:
-    """Stories of a text file (`.txt` or `.txt.gz`), separated by lines of `<|endoftext|>`.
+    """Stories of a text file (`.txt` or `.txt.gz`), or what else `cut_text` finds in it.
 
-    Raises `ValueError` where the file holds no story.
+    Raises `ValueError` where the file holds no text.
     """
-    path = Path(path)
-    try:
-        with open_text(path) as file:
-            stories = [story.strip() for story in file.read().split(STORY_SEPARATOR)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"text file {path}: cannot be read as UTF-8 text ({error})") from error
-    stories = [story for story in stories if story]
-    if not stories:
-        raise ValueError(f"text file {path}: holds no text; expected stories separated by {STORY_SEPARATOR}")
-    return stories
+    return _read_texts(Path(path))[0]
 
 
-def split_holdout(stories: list[str], holdout: float = 0.1) -> tuple[list[str], list[str]]:
-    """The first `1 - holdout` and the last `holdout` share of the stories, in file order."""
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout must lie between 0 and 1, got {holdout}")
-    if len(stories) < 2:
-        raise ValueError(f"{len(stories)} text(s) cannot be split in two")
-    cut = min(max(1, round(len(stories) * (1 - holdout))), len(stories) - 1)
-    return stories[:cut], stories[cut:]
+def _load(source: str, split: str | None, cut: bool = True) -> Part[tuple[str, ...]]:
+    """Every text of a source, an article with its highlights. Splits as in `load_stories`."""
+    place = locate(source, split or TRAINING)
+    if place.path is None or ".jsonl" in place.path.suffixes:
+        rows = load_records(source, _parse_texts, split, TRAINING, cut=cut)
+        if place.path is None and any(len(row) == 1 and TITLE.match(row[0]) for row in rows):  # a line a row
+            texts, _ = cut_text("\n".join(line for (line,) in rows))
+            return Part([(text,) for text in texts], rows.split)
+        return Part([row for row in rows if row[0].strip()], rows.split)
+    texts, unit = _read_texts(place.path)
+    holdout = HELD_OUT if place.named else 0.5
+    split = split if place.named else split or TRAINING
+    return choose([(text,) for text in texts], split, place, unit, holdout=holdout, cut=cut)
 
 
-def load_stories(source: str, split: str | None = None, field: str = "text") -> list[str]:
-    """Texts from a local story or JSONL file, else the `field` column of the hub data set of that name.
+def load_stories(source: str, split: str | None = None) -> Part[str]:
+    """Texts from a local text or JSONL file, a folder of texts or the hub data set of that name.
 
-    A JSONL file holds multiple-choice items, of which context and true ending are read. Splits as in `load_records`,
-    by default all of a file and "train" of the hub; a story file is not split.
+    Of a text file, what `cut_text` finds; of records, the `text`, the `article`, or a multiple-choice item's context
+    and true ending. Splits as in `splits`, by default all of a file and "train" of a data set; of a text file that is
+    not found in a folder of texts, the last tenth is for testing, of records the second half.
     """
-    if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [item.text for item in load_multiple_choice(source, split)]
-    if Path(source).is_file():
-        return read_stories(source)
-    return [record[field] for record in fetch_dataset(source, split or "train") if record[field].strip()]
+    part = _load(source, split)
+    return Part([texts[0] for texts in part], part.split)
+
+
+def load_last(source: str, share: float, split: str) -> Part[str]:
+    """The last `share` of the texts of a file, whatever split its records name; of a data set, all of its `split`.
+
+    For measurements of what nothing was trained for.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"last must lie above 0 and be at most 1, got {share}")
+    if not Path(source).is_file():
+        return load_stories(source, split)
+    texts = load_stories(source)
+    last = texts[-max(1, round(len(texts) * share)) :]
+    return Part(last, f"the last {len(last)} of {len(texts)} in {Path(source).name}")
 
 
 @dataclass(frozen=True)
@@ -63,30 +99,33 @@ def _parse_article(record: dict, where: str) -> Article:
     return Article(record["article"].strip(), record["highlights"].strip())
 
 
-def load_articles(source: str | Path, split: str | None = "test") -> list[Article]:
-    """Articles in CNN/DailyMail's schema (`article`, `highlights`) from a local JSONL file, else from the hub."""
-    return load_records(source, _parse_article, split, "test")
+def load_articles(source: str | Path, split: str | None = "test", cut: bool = True) -> Part[Article]:
+    """Articles in CNN/DailyMail's schema (`article`, `highlights`) from a JSONL file, a folder of texts or the hub.
+
+    Splits as in `splits`; without `cut`, a file whose records name no split is read whole.
+    """
+    return load_records(source, _parse_article, split, "test", "article", cut)
 
 
-def _parse_paragraphs(record: dict, where: str) -> tuple[str, ...]:
+def _parse_texts(record: dict, where: str) -> tuple[str, ...]:
+    if "text" in record:
+        return (record["text"],)
     if "article" in record:
         article = _parse_article(record, where)
         return article.article, article.highlights
     return (parse_item(record, where).text,)
 
 
-def load_paragraphs(source: str, split: str = "train") -> list[str]:
+def load_paragraphs(source: str, split: str | None = TRAINING, cut: bool = True) -> Part[str]:
     """Running text to calibrate on: paragraphs of WikiText without its headings, or stories.
 
-    `source` is a local JSONL file of multiple-choice items (whole texts) or articles (two texts each), a story file,
-    a text file with one paragraph a line, or else a hub data set, `name` or `name:configuration`, with a column `text`.
+    `source` is a local JSONL file of multiple-choice items (whole texts) or articles (two texts each), a text file of
+    stories, articles or paragraphs, or else a data set. Splits as in `load_articles`.
     """
-    if Path(source).suffix == ".jsonl" and Path(source).is_file():
-        return [text for texts in load_records(source, _parse_paragraphs, split) for text in texts]
-    lines = load_stories(source, split)
-    if len(lines) == 1 and Path(source).is_file():
-        lines = lines[0].splitlines()
+    part = _load(source, split, cut)
+    texts = [text for texts in part for text in texts]
+    lines = [line for text in texts for line in (text.splitlines() if len(texts) == 1 or TITLE.match(text) else [text])]
     paragraphs = [line.strip() for line in lines if line.strip() and not line.strip().startswith("= ")]
     if not paragraphs:
         raise ValueError(f"text file {source}: holds headings only")
-    return paragraphs
+    return Part(paragraphs, part.split)

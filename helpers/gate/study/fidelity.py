@@ -129,13 +129,11 @@ def report_fidelity(
     """Measure on a preset's pair and stories, print the gains, and write them with every row and their origin."""
     if preset.without_pair:
         raise ValueError(preset.without_pair)
+    parts = [load_multiple_choice(preset.multiple_choice, of) for of in (preset.test_split, preset.train_split)]
+    folds = [sample_texts(items, min(settings.stories, len(items)), settings.seed) for items in parts]
     small, tokenizer = load_model(preset.gate_small)
     large, large_tokenizer = load_model(preset.gate_large)
     check_same_tokens(tokenizer, large_tokenizer)
-    folds = []
-    for split in (preset.test_split, preset.train_split):
-        items = load_multiple_choice(preset.multiple_choice, split)
-        folds.append(sample_texts(items, min(settings.stories, len(items)), settings.seed))
     prompts = sum(len(cut_stories(stories, settings.cuts)) for stories in folds)
     with tqdm(total=prompts) as bar:
         table, gates = measure_fidelity((small, large, tokenizer), folds, settings, large_tokenizer, bar.update)
@@ -148,6 +146,7 @@ def report_fidelity(
     thresholds = [{name: gate.threshold for name, gate in fold.items()} for fold in gates]
     about = {"preset": preset.name} | {key: relative_to_root(source) for key, source in names.items()}
     out = Path(out or preset.data_dir / "gate_fidelity.csv")
+    about["splits"] = [part.split for part in parts]
     write_table(out, table, about | asdict(settings) | {"thresholds": thresholds}, float_format="%.4g")
     write_table(out.with_name(f"{out.stem}_gains.csv"), summary.reset_index(), float_format="%.4g")
     return table, summary

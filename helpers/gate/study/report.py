@@ -62,11 +62,14 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
     names = settings.small or preset.gate_small, settings.large or preset.gate_large
     if not all(names):
         raise ValueError(f"{preset.without_pair}; or give --small and --large")
+    articles, calibration = settings.articles or preset.articles, settings.calibration or preset.calibration
+    same = Path(articles).resolve() == Path(calibration).resolve()  # else a file that was named need not be cut
+    found, paragraphs = load_articles(articles, cut=same), load_paragraphs(calibration, cut=same)
+    chosen, others = sample_articles(found, settings.prompts, settings.seed, HELD_OUT_PROMPTS)
     (small, tokenizer), (large, large_tokenizer) = readers = load_gate_pair(*names)
     percentile = settings.percentile if settings.target_usage is None else 100 * (1 - settings.target_usage)
-    gate = _calibrate(small, tokenizer, settings.calibration or preset.calibration, percentile, settings)
-    found = load_articles(settings.articles or preset.articles)
-    chosen, others = sample_articles(found, settings.prompts, settings.seed, HELD_OUT_PROMPTS)
+    print(f"\n--- Calibrating entropy threshold from '{relative_to_root(calibration)}' ---")
+    gate = _calibrate(small, tokenizer, paragraphs, percentile, settings)
     limits = preset.prompt, readers, settings.max_new_tokens, settings.max_prompt_tokens
     texts, cut = fit_prompts(chosen, *limits)
     generation = {"large_tokenizer": large_tokenizer, "stop_at_end": not settings.fixed_length}
@@ -101,6 +104,8 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
         print(f"  - Prompts cut to fit: {cut} of {settings.prompts}")
     if out:
         about = {"preset": preset.name} | dict(zip(("small", "large"), map(relative_to_root, names), strict=True))
+        about |= {"articles": relative_to_root(articles), "articles_split": found.split}
+        about |= {"calibration": relative_to_root(calibration), "calibration_split": paragraphs.split}
         about |= {"signal": settings.signal, "percentile": percentile, "threshold": gate.threshold}
         write_table(out, table, about | {"seed": settings.seed, "speed": speed_against_ideal(table)})
     return table
@@ -120,13 +125,16 @@ def load_gate_pair(small: str, large: str) -> tuple[Loaded, Loaded]:
 
 
 def _calibrate(
-    small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, percentile: float, settings: ReportSettings
+    small: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    paragraphs: list[str],
+    percentile: float,
+    settings: ReportSettings,
 ) -> EntropyGate:
-    """Calibrate on a random sample of the texts of `source`, or on all where it holds fewer than are asked for."""
-    print(f"\n--- Calibrating entropy threshold from '{relative_to_root(source)}' ---")
+    """Calibrate on a random sample of the texts, or on all where there are fewer than are asked for."""
     print(f"Target percentile: {percentile:g}% (will trigger large model on the top {100 - percentile:g}% of tokens)")
     print("Processing dataset samples to gather entropy distribution...", flush=True)
-    paragraphs, texts = load_paragraphs(source), settings.calibration_texts
+    texts = settings.calibration_texts
     chosen = random.Random(settings.seed).sample(paragraphs, min(texts, len(paragraphs)))
     cache_dir = None if settings.recalibrate else THRESHOLDS
     gate = EntropyGate.calibrate(

@@ -1,0 +1,115 @@
+"""The inner loops of `quantization` compiled for the CPU: each vector is read once, and nothing is made on the way.
+
+The same numbers as with tensor operations, but for the order in which squared errors are summed: between two grids
+that are equally good to the last digit, the choice may differ.
+"""
+
+import numba
+import numpy as np
+import torch
+
+EXPONENT = np.int32(0x7F800000)  # bits of a float32 that are all set where it is NaN or infinite
+MATH = {"reassoc", "nsz", "contract"}  # not "arcp": codes are those of a true division
+
+
+def _compiled(function):
+    return numba.njit(fastmath=MATH, cache=True, nogil=True, error_model="numpy")(function)
+
+
+def _inlined(function):
+    """Compiled anew at each call: with a constant length, a loop over a vector is vectorized whole."""
+    return numba.njit(fastmath=MATH, nogil=True, error_model="numpy", inline="always")(function)
+
+
+@_inlined
+def _find_ends(x, patterns, n, shares, low, high):
+    for v in range(len(x)):
+        row, bits = x[v], patterns[v]
+        least, most, unsound = row[0], row[0], np.int32(0)
+        for j in range(n):
+            least, most = min(least, row[j]), max(most, row[j])
+            unsound += (bits[j] & EXPONENT) == EXPONENT
+        if unsound:
+            low[v] = high[v] = np.nan
+            continue
+        middle, half = (least + most) / np.float32(2), (most - least) / np.float32(2)
+        best, best_half = np.float32(np.inf), half
+        for share in shares:
+            reach = half * share
+            scale, zero = np.float32(2) * reach / np.float32(3), middle - reach
+            safe = scale if scale > 0 else np.float32(1)
+            error = np.float32(0)
+            for j in range(n):
+                code = min(max(np.rint((row[j] - zero) / safe), np.float32(0)), np.float32(3))
+                change = code * scale + zero - row[j]
+                error += change * change
+            if error < best:
+                best, best_half = error, reach
+        low[v], high[v] = (middle - best_half, middle + best_half) if len(shares) else (least, most)
+
+
+@_compiled
+def _ends(x, patterns, shares, low, high):
+    if x.shape[1] == 64:
+        _find_ends(x, patterns, 64, shares, low, high)
+    elif x.shape[1] == 128:
+        _find_ends(x, patterns, 128, shares, low, high)
+    elif x.shape[1] == 32:
+        _find_ends(x, patterns, 32, shares, low, high)
+    else:
+        _find_ends(x, patterns, x.shape[1], shares, low, high)
+
+
+@_inlined
+def _write_codes(x, n, scales, bits, top, packed):
+    part = n * bits // 8
+    for v in range(len(x)):
+        row, out, zero = x[v], packed[v], scales[v, 1]
+        safe = scales[v, 0] if scales[v, 0] > 0 else np.float32(1)
+        for j in range(part):
+            byte = np.int32(0)
+            for field in range(8 // bits):
+                code = min(max(np.rint((row[field * part + j] - zero) / safe), np.float32(0)), top)
+                byte |= np.int32(code) << np.int32(field * bits)
+            out[j] = byte
+
+
+@_inlined
+def _write_any(x, n, scales, bits, packed):
+    if bits == 2:
+        _write_codes(x, n, scales, 2, np.float32(3), packed)
+    elif bits == 4:
+        _write_codes(x, n, scales, 4, np.float32(15), packed)
+    else:
+        _write_codes(x, n, scales, 8, np.float32(255), packed)
+
+
+@_compiled
+def _pack(x, scales, bits, packed):
+    if x.shape[1] == 64:
+        _write_any(x, 64, scales, bits, packed)
+    elif x.shape[1] == 128:
+        _write_any(x, 128, scales, bits, packed)
+    elif x.shape[1] == 32:
+        _write_any(x, 32, scales, bits, packed)
+    else:
+        _write_any(x, x.shape[1], scales, bits, packed)
+
+
+def ends(x: torch.Tensor, shares: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the grid of each vector of `x` `[vectors, n]`, float32, begins and ends, `[vectors, 1]` each.
+
+    Without `shares` at its minimum and maximum; else shrunk about the middle to that share of the range at which a
+    2-bit grid errs least. NaN for a vector that holds anything but finite numbers.
+    """
+    low, high = x.new_empty(len(x), 1), x.new_empty(len(x), 1)
+    numbers, steps = x.numpy(), np.array(shares, dtype=np.float32)
+    _ends(numbers, numbers.view(np.int32), steps, low.numpy()[:, 0], high.numpy()[:, 0])
+    return low, high
+
+
+def pack(x: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest codes of `x` `[vectors, n]` for `scales` `[vectors, 2]` (scale, zero), packed like `pack_codes`."""
+    packed = x.new_empty(len(x), x.shape[1] * bits // 8, dtype=torch.uint8)
+    _pack(x.numpy(), scales.numpy(), bits, packed.numpy())
+    return packed
