@@ -88,9 +88,12 @@ def offences(tree: ast.Module) -> list[str]:
             found.append(f"line {node.lineno}: {called} with shell or trust_remote_code")
         if told.get("allow_pickle", False) is not False or told.get("weights_only", True) is not True:
             found.append(f"line {node.lineno}: {called} lets pickles in")
-        guarded = told.get("use_safetensors") is True and "trust_remote_code" in told
+        sound = told.get("use_safetensors") is True or "gguf_file" in told
+        guarded = sound and "trust_remote_code" in told
         if called.startswith("AutoModel") and called.endswith(".from_pretrained") and not guarded:
-            found.append(f"line {node.lineno}: {called} without use_safetensors=True and trust_remote_code=False")
+            found.append(
+                f"line {node.lineno}: {called} without use_safetensors=True (or gguf_file) and trust_remote_code=False"
+            )
     return found
 
 

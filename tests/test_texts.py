@@ -209,7 +209,7 @@ def test_what_is_missing_in_the_folder_is_named_with_what_needs_it(folder, monke
     monkeypatch.setenv("TEXTS_DIR", str(folder))
     message = (
         rf"TEXTS_DIR={folder}: found none of hellaswag_train.jsonl, hellaswag_validation.jsonl, hellaswag_val.jsonl, "
-        r"which Rowan/hellaswag is read from \(the multiple-choice texts of preset smollm, llama"
+        r"which Rowan/hellaswag is read from \(the multiple-choice texts of preset smollm2, smollm, llama"
     )
     with pytest.raises(ValueError, match=message):
         load_multiple_choice(get_preset("smollm").multiple_choice, "train")

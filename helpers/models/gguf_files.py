@@ -56,10 +56,11 @@ def read_gguf(path: Path, quiet: bool = False) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes the readers raise anything
