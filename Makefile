@@ -1,8 +1,13 @@
-# Every target sets up what it needs in .venv, once. `make run PRESET=smollm` runs on real models.
+# Every target sets up what it needs in .venv, once. `make run PRESET=smollm2` runs on a real model, its texts from the
+# hub or, with TEXTS_DIR=FOLDER, from files (data/README.md says which).
 PYTHON ?= python3
 PRESET ?= embedded
 BIN := .venv/bin
 export PRESET
+ifdef TEXTS_DIR
+override TEXTS_DIR := $(abspath $(TEXTS_DIR))
+export TEXTS_DIR
+endif
 
 .PHONY: run test lab lint clean
 

@@ -1,5 +1,7 @@
 """Costs of widths: exact ones against a run with the token replaced by hand, estimates against exact ones."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,11 @@ from transformers import DynamicCache
 from helpers.evaluation.metrics import kl_divergence, rank_correlation
 from helpers.models.loading import load_model
 from helpers.models.stories import load_stories
+from helpers.policies.rules import EntropyRule
+from helpers.training import costs as costs_module
 from helpers.training.allocation import optimal_bits
+from helpers.training.collection import collect
+from helpers.training.costs import load_or_measure_costs
 from helpers.training.exact import exact_costs
 from helpers.training.fisher import fisher_costs, head_costs
 from helpers.training.states import text_states
@@ -125,3 +131,20 @@ def test_bad_costs_are_refused(costs, average, message):
 def test_short_texts_are_refused():
     with pytest.raises(ValueError, match="a text needs 16 tokens or more, got 9"):
         exact_costs(tiny_model("llama"), random_ids(1, 9)[0].tolist(), [3])
+
+
+def test_costs_are_estimated_where_a_model_is_large(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    table = collect(
+        model, [random_ids(1, 40, seed=seed)[0].tolist() for seed in range(2)], tmp_path / "t.csv", EntropyRule()
+    )
+    path = tmp_path / "costs.csv"
+    measured, _ = load_or_measure_costs(model, table, path)
+    assert json.loads(path.with_suffix(".json").read_text())["costs"] == "measured"
+    monkeypatch.setattr(costs_module, "MOST_WEIGHTS", 1000)
+    estimated, _ = load_or_measure_costs(model, table, path)
+    assert json.loads(path.with_suffix(".json").read_text())["costs"] == "estimated (Fisher information)"
+    for column in ("cost_2", "cost_4"):
+        assert rank_correlation(measured[column].to_numpy(), estimated[column].to_numpy()) > 0.5
+    again, _ = load_or_measure_costs(model, table, path, exact=True)
+    assert again["cost_4"].tolist() == measured["cost_4"].tolist()

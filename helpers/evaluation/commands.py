@@ -11,7 +11,7 @@ from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
 from helpers.evaluation.memory_targets import check_memory_targets, memory_targets_text
-from helpers.evaluation.methods import default_methods, seven_methods
+from helpers.evaluation.methods import default_methods, multiple_choice_methods, seven_methods
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
 from helpers.models import (
@@ -66,7 +66,7 @@ class CompareOptions(Sources):
     count: int = 200  # multiple-choice items, drawn at random; 0 for none
     max_rows: int = 200  # sequences of the testing part of the texts at most, evenly spaced
     length: int = 512  # tokens of a sequence; its second half counts
-    methods: Literal["all", "seven"] = "all"  # or those that the assignment's question is answered by
+    methods: Literal["all", "seven", "choices"] = "all"  # or what answers the assignment; what chooses endings
     rounds: int = 3  # rounds of timed decoding; 0 for none
     name: str | None = None  # of the result files instead of baseline_comparison or ..._MODEL
     batch: int = 25  # sequences read at once: what several processes share out
@@ -77,7 +77,7 @@ def compare(options: CompareOptions) -> None:
     preset = options.get_preset()
     source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
     items_source = options.find(options.items, preset.multiple_choice)
-    chosen = {"all": default_methods, "seven": seven_methods}[options.methods]
+    chosen = {"all": default_methods, "seven": seven_methods, "choices": multiple_choice_methods}[options.methods]
     methods = chosen(options.controllers or preset.data_dir / "controllers")
     with one_first():
         texts = load_stories(texts_source, preset.test_split)

@@ -125,6 +125,21 @@ def seven_methods(controllers: str | Path) -> list[Group]:
     ]
 
 
+def multiple_choice_methods(controllers: str | Path) -> list[Group]:
+    """What is worth the hours that hundreds of multiple-choice items take on a large model."""
+    widths = [PackedMethod(FixedBits(8)), PackedMethod(FixedBits(4)), PackedMethod(FixedBits(4), quantizer="minmax")]
+    imitation = LearnedController.load(controllers, "imitation")
+    learned = [LearnedController.load(controllers, "settle", *schedule) for schedule in SCHEDULES]
+    return [
+        Group("full precision", [FullPrecision()]),
+        Group("static", [*widths, PackedMethod(FixedBits(2))]),
+        Group("rule", [PackedMethod(EntropyRule())], random_control=True),
+        Group("learned at commit", [PackedMethod(imitation)], random_control=True),
+        Group("learned at settle", [PackedMethod(policy) for policy in learned]),
+        Group("stock", stock_methods()[:1]),
+    ]
+
+
 def default_methods(controllers: str | Path) -> list[Group]:
     """All methods of the comparison, the learned ones read from the folder `controllers`.
 

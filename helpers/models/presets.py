@@ -86,7 +86,7 @@ PRESETS = {
         gate_small=None,
         gate_large=None,
         test_split="validation",
-        sizes=Sizes(check_texts=1, rows=24, items=40, rounds=2, lengths=(256, 512, 1024, 2048)),
+        sizes=Sizes(check_texts=1, rows=24, items=20, rounds=2, lengths=(256, 512, 1024, 2048)),
         **HUB_TEXTS | {"stories": "Salesforce/wikitext:wikitext-2-raw-v1"},
     ),
     "smollm": Preset(

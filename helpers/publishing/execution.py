@@ -54,6 +54,8 @@ def execute(notebook: NotebookNode, name: str, folder: Path, variables: dict[str
     # Progress bars are for those who watch; on paper they would stand still.
     fixed = {"TQDM_DISABLE": "1", STATIC: "1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
     environment = os.environ | fixed | (variables or {})
+    if folder_of_texts := environment.get("TEXTS_DIR"):  # the kernel runs in another folder
+        environment["TEXTS_DIR"] = str(Path(folder_of_texts).resolve())
     notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
     settings = {"timeout": None, "record_timing": False, "coalesce_streams": True}
     resources, quiet = {"metadata": {"path": folder}}, ["--log-level=ERROR"]

@@ -47,7 +47,8 @@ class FisherGradients:
         taps = [tap for layer in self.cache.layers for tap in layer.taps]
         for start in range(0, self.log_likelihood.shape[1], self.segment):
             stop = start + self.segment
-            part = self.log_likelihood[:, start:stop].sum()
+            with torch.enable_grad():
+                part = self.log_likelihood[:, start:stop].sum()
             gradients = [g[:, :, :stop] for g in torch.autograd.grad(part, taps, retain_graph=True)]
             yield start, (torch.stack(gradients[0::2]), torch.stack(gradients[1::2]))
 

@@ -20,12 +20,13 @@ from helpers.publishing.tables.gate import (
 )
 from helpers.publishing.tables.headline import headline_table
 from helpers.publishing.tables.memory import memory_table
+from helpers.publishing.tables.texts import text_files_table
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
-    "compare-stories3M": lambda: comparison_table("baseline_comparison_stories3M"),
+    "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison", latency=True),
+    "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
-    "quality-stories3M": lambda: quality_table("quality_stories3M"),
     "quality-large": lambda: quality_table("quality_large"),
     "memory": memory_table,
     "benchmarks": benchmark_table,
@@ -38,4 +39,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "gate-parts": gate_parts_table,
     "collected": collected_table,
     "pair": pair_table,
+    "text-files": text_files_table,
 }

@@ -5,24 +5,23 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.publishing.tables.layout import DATA, fixed, held_is_known, intervals, kl_intervals, markdown, points
+from helpers.models import model_name
+from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, points
 from helpers.training import ASSIGNMENT_COLUMNS, read_training_data
 
-MULTIPLE_CHOICE = "multiple_choice_stories3M"
+MULTIPLE_CHOICE = "smollm2/hellaswag"
 
 
 def comparison_table(name: str, latency: bool = False) -> str:
     """The methods of `data/NAME.csv`, written by `python main.py compare` or notebook 04."""
-    path = DATA / f"{name}.csv"
-    table = pd.read_csv(path)
+    table = pd.read_csv(DATA / f"{name}.csv")
     static = table.set_index("method").loc["static 4-bit"]
     full = table["method"] == "full precision"
     shown = {"method": table["method"].mask(table["group"] == "learned at settle", "**" + table["method"] + "**")}
-    if "peak_bytes" in table:
+    if table["peak_bytes"].notna().all():
         shown["peak bytes / static 4-bit"] = fixed(table["peak_bytes"] / static["peak_bytes"], 2)
-    if held_is_known(table, path):
-        held, live = (fixed(table[column] / static[column], 2) for column in ("held_bytes", "live_bytes"))
-        shown["held bytes (live) / static 4-bit"] = held + " (" + live + ")"
+    held, live = (fixed(table[column] / static[column], 2) for column in ("held_bytes", "live_bytes"))
+    shown["held bytes (live) / static 4-bit"] = held + " (" + live + ")"
     shown |= {
         "code bits": fixed(table["code_bits"], 2),
         "KL to full precision": kl_intervals(table).mask(full, "0"),
@@ -49,21 +48,24 @@ def quality_table(name: str) -> str:
 
 
 def multiple_choice_table(folder: Path = DATA) -> str:
-    """HellaSwag under each policy, from `multiple_choice_stories3M.csv`; nothing while that does not exist."""
+    """HellaSwag under each policy, from `smollm2/hellaswag.csv`; nothing while that does not exist."""
     path = folder / f"{MULTIPLE_CHOICE}.csv"
     if not path.is_file():
         return ""
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     table = pd.read_csv(path).dropna(subset="acc_norm")
-    shown = pd.DataFrame({"method": table["method"], "code bits on stories": fixed(table["code_bits"], 2)})
+    shown = pd.DataFrame({"method": table["method"], "code bits on WikiText": fixed(table["code_bits"], 2)})
     for name, title in (("acc", "accuracy, %"), ("acc_norm", "accuracy per byte, %")):
         shown[title] = intervals(table, name, 1, 100)
         shown[f"{title.removesuffix(', %')}, points from full precision"] = points(table, f"{name}_change")
     count = about["item_count"]
-    told = f"{count:,} items, model {about['model'].split('/')[-1]}; chance is 25%. Contexts are read and committed "
-    told += "first, endings score in a second pass; differences are paired by item."
-    command = "python main.py compare --model M --texts T --controllers CONTROLLERS --rounds 0 --max-rows 25 \\\n"
-    command += f"  --items HELLASWAG.jsonl --count {count} --name {MULTIPLE_CHOICE}"
+    told = f"{count:,} items ({about.get('items_split', 'validation')}; {about.get('items_schema', '')}), model "
+    told += f"{model_name(about['model'])}; chance is 25%. Contexts are read and committed first, endings score in a "
+    told += "second pass; differences are paired by item."
+    command = (
+        "python main.py compare --preset smollm2 --texts-dir FOLDER --methods choices --rounds 0 --max-rows 8 \\\n"
+    )
+    command += f"  --count {count} --name {Path(MULTIPLE_CHOICE).name}"
     return f"### HellaSwag\n\n{told}\n\n```bash\n{command}\n```\n\n{markdown(shown)}"
 
 

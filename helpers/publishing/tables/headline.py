@@ -4,22 +4,20 @@ import pandas as pd
 
 from helpers.publishing.tables.benchmark import decode_rows
 from helpers.publishing.tables.gate import gate_benchmarks
-from helpers.publishing.tables.layout import DATA, held_is_known, interval, markdown
+from helpers.publishing.tables.layout import DATA, interval, markdown
 from helpers.publishing.tables.memory import memory_rows
 
 
 def headline_table() -> str:
-    """Headline results on stories3M (the cache) and the embedded pair (the gate)."""
-    name = "baseline_comparison_stories3M"
+    """Headline results on SmolLM2 (the cache) and the embedded pair (the gate)."""
+    name = "smollm2/baseline_comparison"
     table = pd.read_csv(DATA / f"{name}.csv").set_index("method")
     pairs = pd.read_csv(DATA / f"{name}_pairs.csv").query("of == 'kl'").set_index(["method", "against"])
     start = "8-4-2 @2,5, best 25% by "
     learned = f"{start}learned score"
-    measures = [column for column in ("peak_bytes", "held_bytes", "kl") if column in table]
+    measures = ["peak_bytes", "held_bytes", "kl"]
     shares = table.loc[learned, measures].astype(float) / table.loc["static 4-bit", measures].astype(float)
-    at_bytes = f"at {shares['peak_bytes']:.2f} of its peak bytes" if "peak_bytes" in shares else ""
-    if held_is_known(table, DATA / f"{name}.csv"):
-        at_bytes += f"{' and' if at_bytes else 'at'} {shares['held_bytes']:.2f} of its held bytes"
+    at_bytes = f"at {shares['peak_bytes']:.2f} of its peak and {shares['held_bytes']:.2f} of its held bytes"
 
     def paired(method: str, other: str) -> str:
         row = pairs.loc[(method, other)].add_prefix("difference_").rename({"difference_difference": "difference"})
@@ -29,10 +27,10 @@ def headline_table() -> str:
     speed = pd.read_csv(DATA / "gate_speed.csv").set_index("of")
     gains = pd.read_csv(DATA / "gate_fidelity_gains.csv").query("of == 'fidelity'").set_index("signal")
     share = gate_benchmarks()["embedded"]["speed"]["share"]
-    compare, notebook = "`main.py compare`", "notebook 05"
+    compare, notebook = "notebook 04, SmolLM2", "notebook 05"
     rows = [
         *memory_rows(),
-        ("learned at settle: KL over static 4-bit's", f"{shares['kl']:.2f} {at_bytes}".strip(), compare),
+        ("learned at settle: KL over static 4-bit's", f"{shares['kl']:.1f} {at_bytes}", compare),
         ("its KL minus that of a random choice on the same schedule", paired(learned, f"{start}random"), compare),
         ("... of attention x error, the best hand-made one", paired(learned, f"{start}attention x error"), compare),
         (f"its next-token accuracy at {table.loc[learned, 'code_bits']:.1f} code bits, points from full precision",

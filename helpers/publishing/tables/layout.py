@@ -1,8 +1,6 @@
 """How a table of the documents looks: Markdown, numbers with intervals; and where the results files lie."""
 
-import json
 import re
-from pathlib import Path
 
 import pandas as pd
 
@@ -56,11 +54,3 @@ def points(table: pd.DataFrame, name: str) -> pd.Series:
 def fixed(numbers: pd.Series, digits: int) -> pd.Series:
     """Numbers as text, "" for those that are not there."""
     return numbers.map(lambda number: "" if pd.isna(number) else f"{number:.{digits}f}").astype(object)
-
-
-def held_is_known(table: pd.DataFrame, path: Path) -> bool:
-    """Whether `held_bytes` of the results file `path` may be shown: the JSON beside it may say that they are of another
-    arrangement of buckets than the cache has."""
-    about = path.with_suffix(".json")
-    stale = about.is_file() and "held_bytes" in json.loads(about.read_text(encoding="utf-8"))
-    return "held_bytes" in table and not stale
