@@ -1,5 +1,7 @@
 """The comparison: every method through the same measures, multiple choice through the cache, and the command."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -197,5 +199,13 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     assert {"full precision", "static 4-bit", "rule-based dynamic", "learned, imitation"} <= set(table.method)
     assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
     assert "best 25% by learned score" in capsys.readouterr().out
+    arguments += ["--out", str(tmp_path), "--length", "256"]
+    for methods, expected in (("seven", 7), ("choices", 12)):
+        assert main.main(["compare", *common, *arguments, "--methods", methods, "--name", methods]) == 0
+        table = pd.read_csv(tmp_path / f"{methods}.csv")
+        assert len(table) == expected
+        assert {"stock quanto 4-bit, residual 128", "learned, imitation"} <= set(table.method)
+        about = json.loads((tmp_path / f"{methods}.json").read_text())
+        assert (about["length"], about["first"]) == (256, 128)
     assert main.main(["compare", *common, "--controllers", str(tmp_path / "none")]) == 1
     assert "run notebook 02" in capsys.readouterr().err

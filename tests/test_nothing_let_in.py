@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import time
 from functools import cache
@@ -519,3 +520,21 @@ def test_modules_do_not_import_from_the_door_of_their_own_package():
 def test_nothing_imports_what_runs_it():
     for path in MODULES:
         assert "main" not in imported([path]), path
+
+
+def test_results_on_real_texts_hold_numbers_and_pictures_only():
+    folder = ROOT / "data" / "smollm2"
+    listed = subprocess.run(
+        ["git", "ls-files", "data/smollm2", "figures/smollm2"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    tracked = [ROOT / name for name in listed.stdout.split()]
+    assert sum(path.stat().st_size for path in tracked) < 5_000_000
+    for path in tracked:
+        assert path.suffix in (".csv", ".json", ".png", ".safetensors", ".md"), path
+        if path.suffix == ".csv":
+            columns = path.read_text(encoding="utf-8").splitlines()[0].split(",")
+            assert not {"token_id", "token", "text", "text_id", "context"} & set(columns), path
+    assert not {"01_widths.png", "03_widths_at_256.png"} & {path.name for path in tracked}
+    assert (folder / "baseline_comparison.csv") in tracked

@@ -94,6 +94,22 @@ def test_a_failing_cell_is_shown_and_leaves_the_file(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["01_x.ipynb"]
 
 
+def test_a_notebook_ends_early_without_an_error(tmp_path):
+    calls = (
+        "from helpers.publishing import skip_rest",
+        "skip_rest('')",
+        "1 + 1",
+        "skip_rest('no pair')",
+        "raise ValueError",
+    )
+    notebook = nbformat.read(write_notebook(tmp_path / "early.ipynb", *calls), as_version=4)
+    execution.execute(notebook, "early.ipynb", tmp_path)
+    outputs = [cell.outputs for cell in notebook.cells]
+    assert outputs[2][0]["data"]["text/plain"] == "2"
+    assert outputs[3][0]["text"].startswith("no pair. The cells below are skipped; restart the kernel")
+    assert outputs[4] == []
+
+
 def test_a_dead_kernel_is_told_as_such(tmp_path):
     path = write_notebook(tmp_path / "01_x.ipynb", "import os\nos._exit(1)")
     with pytest.raises(RuntimeError, match=r"01_x\.ipynb stopped"):

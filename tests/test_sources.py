@@ -102,6 +102,10 @@ def test_presets(monkeypatch):
     monkeypatch.setenv("PRESET", "smollm")
     assert get_preset().figures_dir == ROOT / "figures" / "smollm"
     assert get_preset("llama").name == "llama"
+    assert get_preset("llama").without_pair == ""
+    assert get_preset("smollm2").without_pair == (
+        "preset smollm2 has no pair of models; embedded, smollm, llama have one"
+    )
     with pytest.raises(ValueError, match="preset must be one of embedded, smollm, llama, got 'gpt5'"):
         get_preset("gpt5")
 

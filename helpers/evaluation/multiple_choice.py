@@ -50,7 +50,7 @@ def ending_log_likelihoods(
         logits = model(input_ids=ids).logits[:, len(context) - 1 : -1]
     else:
         cached = method.open(model, text)
-        first = cached.read(read)[:, -1:]
+        first = cached.read(read, keep=1)
         logits = torch.cat([first.expand(len(rows), -1, -1), _second_pass(cached, endings)], dim=1)
     log_p = -surprisal_of(log_probabilities(logits), endings)
     sums = [log_p[number, : len(row)].sum().item() for number, row in enumerate(rows)]

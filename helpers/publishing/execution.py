@@ -19,10 +19,11 @@ from helpers.io.provenance import cpu_name
 from helpers.models.presets import DEFAULT_PRESET, get_preset
 from helpers.publishing import blocks
 from helpers.publishing.explorers import STATIC
+from helpers.publishing.stopping import RUNS_ANYHOW
 from helpers.publishing.tidying import FAST_MARK, tidy
 
 NOTEBOOKS = ROOT / "notebooks"
-PROBE = "from helpers.io.provenance import peak_memory_bytes\nprint(peak_memory_bytes())"
+PROBE = f"{RUNS_ANYHOW}\nfrom helpers.io.provenance import peak_memory_bytes\nprint(peak_memory_bytes())"
 
 # What a fast run writes over the cell tagged `parameters`: everything runs, on next to nothing.
 FAST_PARAMETERS: dict[str, dict[str, object]] = {
