@@ -19,6 +19,7 @@ class Sizes:
     """How much notebooks 02 to 04 read, so that they end in minutes on a small model and within the hour on a large."""
 
     check_texts: int = 4  # texts on which estimated costs of widths are held against measured ones
+    settle_rows: int = 16  # sequences of 512 tokens from which settling is learned
     rows: int = 60  # sequences of 512 tokens of the comparison at most
     items: int = 200  # its multiple-choice items at most
     rounds: int = 4  # of timed decoding
@@ -86,7 +87,7 @@ PRESETS = {
         gate_small=None,
         gate_large=None,
         test_split="validation",
-        sizes=Sizes(check_texts=1, rows=24, items=20, rounds=2, lengths=(256, 512, 1024, 2048)),
+        sizes=Sizes(1, 8, rows=24, items=20, rounds=2, lengths=(256, 512, 1024, 2048)),
         **HUB_TEXTS | {"stories": "Salesforce/wikitext:wikitext-2-raw-v1"},
     ),
     "smollm": Preset(
