@@ -5,6 +5,7 @@ cache is told of them as a model would.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_the_peak_is_what_tracing_every_tensor_gives(policy, lengths):
         model.generate(**inputs, cache=cache, logits_processor=[driver], max_new_tokens=40, do_sample=False)
     assert 0.98 * trace.peak_bytes <= cache.peak_bytes() <= 1.02 * trace.peak_bytes
     assert cache.peak_bytes() >= cache.stored_bytes()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_peak_of_a_padded_batch_is_predicted_to_the_byte(policy):
+    """Everything but what rows share grows with their number: two sizes tell every other."""
+    model, peaks = tiny_model("llama", layers=3), {}
+    for rows in (2, 3, 4):
+        cache = PackedKVCache(model.config)
+        driver = PolicyDriver(model, cache, POLICIES[policy]())
+        inputs = driver.prefill(left_padded([200, 120, 160, 77][:rows]))
+        model.generate(**inputs, cache=cache, logits_processor=[driver], max_new_tokens=40, do_sample=False)
+        peaks[rows] = cache.peak_bytes()
+    assert peaks[4] == peaks[3] + (peaks[3] - peaks[2])
 
 
 @pytest.mark.parametrize("bits", [4, 2])
@@ -123,6 +137,24 @@ def read(cache, config, tokens: int, rows: int = 1) -> None:
         cache.update(*torch.randn(2, rows, heads, tokens, dim), layer)
     if isinstance(cache, PackedKVCache):
         cache.end_forward()
+
+
+@pytest.mark.parametrize("plan", ["static 4", "quality", "compact"])
+def test_the_peak_of_a_long_text_is_predicted_to_the_byte(plan):
+    """`LONG_RUN_TOKENS=20000` decodes as many; the peak of three rows follows from that of one and of two."""
+    config, peaks = copy.deepcopy(EMBEDDED), {}
+    config._attn_implementation, config.num_hidden_layers = PACKED_ATTENTION, 2
+    for rows in (1, 2, 3):
+        cache = PackedKVCache(config)
+        cache.plan = PLANS[plan]
+        cache.record_received = bool(cache.plan.steps)
+        read(cache, config, 100, rows)
+        for _ in range(int(os.environ.get("LONG_RUN_TOKENS", "600"))):
+            read(cache, config, 1, rows)
+            cache.commit_ready()
+        peaks[rows] = cache.peak_bytes()
+        assert cache.committed > 600
+    assert peaks[3] == peaks[2] + (peaks[2] - peaks[1])
 
 
 def read_and_decode(config, plan: Plan | None, tokens: int, decoded: int = 64) -> PackedKVCache:
