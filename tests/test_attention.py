@@ -187,7 +187,7 @@ def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor 
 
 def received_of(states: PackedStates) -> list[torch.Tensor]:
     parts = [part for _, part in states.segments if part.buffers.received is not None]
-    return [part.held(states.layer).received.double() for part in parts]
+    return [part.used(states.layer).received.double() for part in parts]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -214,12 +214,12 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
     share = weights.sum((2, 3))  # [B, H, tokens]
     recorded = [part for _, part in states.segments if part.buffers.received is not None]
     for segment, was, now in zip(recorded, before, received_of(states), strict=True):
-        at = segment.held(states.layer).positions().clamp(max=share.shape[-1] - 1)
-        empty = segment.held(states.layer).token == EMPTY
+        at = segment.used(states.layer).positions().clamp(max=share.shape[-1] - 1)
+        empty = segment.used(states.layer).token == EMPTY
         added = share.gather(-1, at).masked_fill(empty, 0.0)
         assert added.sum() > 0
         assert torch.allclose(now, was + added, rtol=1e-3, atol=1e-4)  # kept in half precision
-        assert (segment.held(0).received == 0).all()  # the other layer's
+        assert (segment.used(0).received == 0).all()  # the other layer's
 
 
 def test_cases_hold_what_they_are_for():

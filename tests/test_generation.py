@@ -53,7 +53,7 @@ def test_generate_with_every_policy(family, policy, mode, lengths):
     store = cache.stores[0]
     held = Counter()
     for stage, segment in store.layout.segments():
-        held[stage.key_bits] += (segment.held(0).token[:, 0] != 255).sum(-1)
+        held[stage.key_bits] += (segment.used(0).token[:, 0] != 255).sum(-1)
     assert not any(stage.pending for stage, _ in store.layout.segments())
     for bits, tokens in held.items():
         assert tokens.tolist() == (widths[:, :56] == bits).sum(-1).tolist()

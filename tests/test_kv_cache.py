@@ -67,7 +67,7 @@ def stored(cache: PackedKVCache, below: int) -> dict[tuple, bytes]:
     found = {}
     for store in cache.stores:
         for stage, segment in store.layout.segments():
-            tokens = segment.held()
+            tokens = segment.used()
             position = tokens.positions()
             sides = [x for name, x in tokens.named().items() if name.startswith(("key", "value"))]
             for slot in ((tokens.token != EMPTY) & (position < below)).nonzero().tolist():
@@ -98,7 +98,7 @@ def in_text_order(bucket) -> list[torch.Tensor]:
     """Every field of the tokens of a bucket, those of each layer, row and head by position."""
     if not bucket.segments:
         return []
-    held = joined([segment.held() for segment in bucket.segments])
+    held = joined([segment.used() for segment in bucket.segments])
     layers, rows, heads, slots = held.token.shape
     order = held.positions().masked_fill(held.token == EMPTY, 2**40).argsort(dim=-1, stable=True)
     real = (held.token != EMPTY).sum(-1).max()
@@ -374,7 +374,7 @@ def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
         block = torch.arange(28) // 8
         later = (block[:, None] > block) & (torch.arange(28)[:, None] >= 24 - window)
         expected = (weights[layer][0] * later)[:, :, :24].unflatten(0, (2, 2)).sum((1, 2))
-        received = torch.cat([segment.held(layer).received[0] for segment in bucket.segments], -1)
+        received = torch.cat([segment.used(layer).received[0] for segment in bucket.segments], -1)
         assert torch.allclose(received.double(), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -528,7 +528,7 @@ def test_crops_between_commits_and_settles():
         check_crop(model, cache, removed)
         feed(model, cache, random_ids(2, 17, seed=step))
         segments = [segment for store in cache.stores for _, segment in store.layout.segments()]
-        held = sum(int((segment.held().token != EMPTY).sum()) for segment in segments)
+        held = sum(int((segment.used().token != EMPTY).sum()) for segment in segments)
         assert held == cache.committed * 2 * 2 * 2  # layers, rows, heads
 
 

@@ -73,7 +73,7 @@ def test_the_tokens_that_stay_are_the_best_of_their_block_in_each_head():
     assert (demotion.received > 0).all()
     best = scores[:, 0].topk(2).indices  # [L, H, 2]
     bucket = next(b for s, b in cache.stores[0].layout.segments() if s.key_bits == 8 and not s.pending)
-    kept = bucket.held().positions()[:, 0, :, :2]
+    kept = bucket.used().positions()[:, 0, :, :2]
     assert kept.sort(-1).values.tolist() == best.sort(-1).values.tolist()
 
 

@@ -275,8 +275,8 @@ def check_slots(cache: PackedKVCache, model: DenseCache) -> None:
     (store,) = cache.stores
     seen = torch.zeros(model.bits["key"][:, :, :, : model.committed].shape, dtype=torch.long)
     for stage, segment in store.layout.segments():
-        used = segment.held().token != EMPTY
-        at = segment.held().positions().masked_fill(~used, 0)
+        used = segment.used().token != EMPTY
+        at = segment.used().positions().masked_fill(~used, 0)
         assert (at < model.committed).all()
         seen.scatter_add_(3, at, used.long())
         for side, bits in (("key", stage.key_bits), ("value", stage.value_bits)):

@@ -81,7 +81,7 @@ class Accounting:
         packed = self.layers[0].packed_length
         total = torch.zeros(rows, packed + 1, dtype=torch.float64)  # the last takes what empty slots hold
         for stage, segment in self._segments():
-            held = segment.held()
+            held = segment.used()
             at = held.positions().masked_fill(held.token == EMPTY, packed).transpose(0, 1).flatten(1).cpu()
             bits = (stage.key_bits + stage.value_bits) / 2
             total.scatter_add_(1, at, torch.full(at.shape, bits, dtype=torch.float64))

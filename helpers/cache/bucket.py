@@ -49,7 +49,7 @@ class Segment:
     def capacity(self) -> int:
         return self.buffers.token.shape[SLOT_DIM]
 
-    def held(self, layer: int | slice = slice(None)) -> PackedTokens:
+    def used(self, layer: int | slice = slice(None)) -> PackedTokens:
         """The slots in use, as views: of some layers, or of one and then without that dimension."""
         used = self.slots
 
@@ -74,14 +74,14 @@ class Segment:
 
     def crop(self, length: int) -> None:
         """Drop the tokens at positions `length` and later; slots behind the last that stays are free again."""
-        held = self.held()
+        held = self.used()
         token = held.token
         dropped = (held.positions() >= length) & (token != EMPTY)
         if dropped.any():
             token.masked_fill_(dropped, EMPTY)
             used = (token != EMPTY).any(0).any(1).cpu().numpy()  # [B, slots]
             self.fill = np.where(used.any(-1), used.shape[1] - used[:, ::-1].argmax(-1), 0)
-            self.ragged = bool((self.held().token == EMPTY).any())
+            self.ragged = bool((self.used().token == EMPTY).any())
 
     def map_rows(self, index: torch.Tensor) -> "Segment":
         """The same slots for the rows `index` of the batch."""

@@ -63,7 +63,7 @@ def pop_runs(bucket: Bucket, layers: slice, blocks: int) -> list[Run]:
     groups: list[list[Run]] = []
     for _ in range(blocks):
         segment, first = bucket.pop_block()
-        run = Run(segment.held(layers), first, segment.slots, segment.ragged)
+        run = Run(segment.used(layers), first, segment.slots, segment.ragged)
         if groups and groups[-1][0].size == run.size:
             groups[-1].append(run)
         else:

@@ -295,7 +295,7 @@ class PackedStore:
 
     def dense(self, layer: int, length: int) -> Iterator[torch.Tensor]:
         """Keys, then values of one layer's packed tokens in text order, dequantized: `[B, H, length, D]` each."""
-        held = [segment.held(layer) for _, segment in self.layouts[layer].segments()]
+        held = [segment.used(layer) for _, segment in self.layouts[layer].segments()]
         at = [tokens.positions().masked_fill_(tokens.token == EMPTY, length) for tokens in held]
         self.note(*at)
         yield in_text_order(self.key, [tokens.key for tokens in held], at, layer, length)

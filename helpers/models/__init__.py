@@ -1,5 +1,7 @@
-"""Models and the texts that they read: presets, loading from a folder or the hub, data sets, tokens, shapes.
+"""Models and the texts that they read: presets, where both come from, tokens, shapes of published models.
 
+Models come from the hub (`hub`), a folder (`loading`), a GGUF file (`gguf_files`) or a package (`packaged`); texts from
+the hub, a file, or a folder of files (`text_files`), and `splits` says which of them are for training.
 Knows nothing of policies or measurements. Models are loaded ready for packed attention (`helpers.cache`).
 """
 

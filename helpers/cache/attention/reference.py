@@ -39,7 +39,7 @@ def packed_attention(
     q = query.to(store.dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
     mask = grouped_mask(attention_mask, rows, heads, kv_heads)
     segments = [segment for _, segment in states.segments]
-    held = [segment.held(layer) for segment in segments]
+    held = [segment.used(layer) for segment in segments]
 
     scores = []
     packed = _packed_scores(q, store.key, [tokens.key for tokens in held], layer)

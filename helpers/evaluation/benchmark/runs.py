@@ -127,7 +127,7 @@ def read_bytes(cache: Cache) -> int:
     and values as they are."""
     if not isinstance(cache, PackedKVCache):
         return sum(x.numel() * x.element_size() for x in (cache.layers[0].keys, cache.layers[0].values))
-    held = [segment.held(0) for _, segment in cache.states(0).segments]
+    held = [segment.used(0) for _, segment in cache.states(0).segments]
     parts = [x for tokens in held for side in (tokens.key, tokens.value) for x in (side.codes, side.scales)]
     return sum(x.numel() * x.element_size() for x in parts if x is not None)
 
