@@ -1,6 +1,7 @@
 """Models in GGUF files and inside packages: a tiny file made here, broken ones, and the real one where it is cached."""
 
 import errno
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
 from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM
 
+import main
 from helpers.cache import PackedKVCache
 from helpers.cache.kv_cache import PACKED_ATTENTION
 from helpers.models import cached_files, gguf_files, packaged
@@ -197,6 +200,46 @@ def test_two_processes_at_once(whole, tiny, cache):
         child.join()
     assert len(list(cache.rglob("model.safetensors"))) == 1
     assert {p.name for p in (cache / "gguf").iterdir() if p.is_dir()} == {cached_files.sha256(whole)}
+
+
+def articles(path: Path) -> Path:
+    sentence = "the cat sat on the mat and the dog ran to the hill . "
+    path.write_text(
+        "".join(f" = Article {i} = \n {sentence * 25}\n = = Part = = \n {sentence * 25}\n" for i in range(8))
+    )
+    return path
+
+
+def items(path: Path) -> Path:
+    base = {"endings": ["It sat.", "It ran.", "It ate.", "It hid."], "activity_label": "Animals", "label": "1"}
+    rows = [base | {"ind": i, "ctx": f"The cat number {i} " + "saw a dog and then another " * 8} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("texts", [articles, items])
+def test_every_command_reads_a_gguf_file_and_any_texts(texts, whole, tmp_path, capsys):
+    text, out = texts(tmp_path / ("texts.txt" if texts is articles else "texts.jsonl")), tmp_path / "out"
+    common = ["--model", str(whole), "--texts", str(text)]
+    few = ["--max-rows", "1", "--out"]
+    assert main.main(["collect", *common, "--count", "2", "--max-tokens", "24", "--out", str(out / "t.csv")]) == 0
+    assert main.main(["train", *common, "--rows", "2", "--out", str(out / "controllers")]) == 0
+    assert main.main(["quality", *common, "--sequences", "2", "--last", "0.5", *few, str(out / "q.csv")]) == 0
+    chosen = [
+        "--controllers",
+        str(out / "controllers"),
+        "--items",
+        str(items(tmp_path / "items.jsonl")),
+        "--count",
+        "2",
+    ]
+    assert main.main(["compare", *common, *chosen, "--rounds", "0", "--methods", "seven", *few, str(out)]) == 0
+    table = pd.read_csv(out / "baseline_comparison_tiny.csv")
+    assert table["acc"].notna().any()
+    about = json.loads((out / "baseline_comparison_tiny.json").read_text())
+    assert about["items_schema"] == "hellaswag, activity_label: ctx"
+    assert about["split"].startswith("by article" if texts is articles else "by record")
+    capsys.readouterr()
 
 
 def test_names():
