@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
 from helpers.cache.accounting import code_bits, stored_bytes
+from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.plan import Step
 from helpers.evaluation.comparison import compare_methods, standard_pairs
 from helpers.evaluation.latency import controller_share, time_decoding
@@ -184,6 +186,17 @@ def test_stock_caches_where_installed(model_and_tokenizer):
         sums, _ = ending_log_likelihoods(*model_and_tokenizer, ITEM, method)
         assert np.isfinite(sums).all()
     assert StockQuantized("quanto").name != StockQuantized("hqq").name
+
+
+@pytest.mark.parametrize("method", stock_methods(), ids=lambda method: method.backend)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_stock_caches_take_an_odd_number_of_heads(method, head_dim):
+    config = LlamaConfig(
+        num_attention_heads=3, num_key_value_heads=3, head_dim=head_dim, hidden_size=3 * head_dim, vocab_size=97,
+        num_hidden_layers=1, intermediate_size=8,
+    )  # fmt: skip
+    cached = method.open(use_packed_attention(LlamaForCausalLM(config).eval()))
+    assert cached.read(random_ids(1, 97)).isfinite().all()
 
 
 def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):

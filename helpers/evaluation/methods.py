@@ -78,7 +78,8 @@ class StockQuantized:
         axes = {"axis_key": 1, "axis_value": 1} if self.backend == "hqq" else {}
         config = model.config.get_text_config(decoder=True)
         group = min(64, head_dim(config))
-        if self.backend == "hqq" and config.num_key_value_heads * head_dim(config) // group % 2:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if self.backend == "hqq" and heads * head_dim(config) // group % 2:
             group //= 2  # it packs two groups into a byte, and cannot where a token has an odd number of them
         cache = QuantizedCache(
             self.backend, config, nbits=self.bits, q_group_size=group, residual_length=self.residual, **axes
