@@ -27,7 +27,7 @@ def headline_table() -> str:
     speed = pd.read_csv(DATA / "gate_speed.csv").set_index("of")
     gains = pd.read_csv(DATA / "gate_fidelity_gains.csv").query("of == 'fidelity'").set_index("signal")
     share = gate_benchmarks()["embedded"]["speed"]["share"]
-    compare, notebook = "notebook 04, SmolLM2", "notebook 05"
+    compare, notebook = "`main.py compare`", "notebook 05"
     rows = [
         *memory_rows(),
         ("learned at settle: KL over static 4-bit's", f"{shares['kl']:.1f} {at_bytes}", compare),
