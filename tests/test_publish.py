@@ -243,6 +243,7 @@ def test_tables_of_results_that_are_not_there_yet(tmp_path):
     ours = {**full, "method": "static 4-bit", "code_bits": 4.4, **changes}
     schedule = {"method": "8-4-2 @3,6", "code_bits": 3.0}
     path = tmp_path / f"{MULTIPLE_CHOICE}.csv"
+    path.parent.mkdir()
     pd.DataFrame([full, ours, schedule]).to_csv(path, index=False)
     path.with_suffix(".json").write_text(json.dumps({"item_count": 1000, "model": "models/m"}))
     table = multiple_choice_table(tmp_path)

@@ -86,7 +86,7 @@ def test_quality_from_the_command_line(tiny_folder, tmp_path, capsys, monkeypatc
 
 def test_mistakes_are_answered_in_one_line(capsys):
     assert run_main("collect", "--preset", "gpt5") == 1
-    assert capsys.readouterr().err == "collect: preset must be one of embedded, smollm, llama, got 'gpt5'\n"
+    assert capsys.readouterr().err == "collect: preset must be one of embedded, smollm2, smollm, llama, got 'gpt5'\n"
 
 
 def test_committed_training_data_is_sound():

@@ -106,7 +106,7 @@ def test_presets(monkeypatch):
     assert get_preset("smollm2").without_pair == (
         "preset smollm2 has no pair of models; embedded, smollm, llama have one"
     )
-    with pytest.raises(ValueError, match="preset must be one of embedded, smollm, llama, got 'gpt5'"):
+    with pytest.raises(ValueError, match="preset must be one of embedded, smollm2, smollm, llama, got 'gpt5'"):
         get_preset("gpt5")
 
 
