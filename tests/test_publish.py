@@ -247,7 +247,7 @@ def test_tables_of_results_that_are_not_there_yet(tmp_path):
     pd.DataFrame([full, ours, schedule]).to_csv(path, index=False)
     path.with_suffix(".json").write_text(json.dumps({"item_count": 1000, "model": "models/m"}))
     table = multiple_choice_table(tmp_path)
-    assert "1,000 items, model m" in table
+    assert "1,000 items (validation), model m" in table
     assert "| static 4-bit | 4.40 | 30.0 [20.0, 40.0] | -1.20 [-1.20, -1.20] | 35.0 [30.0, 40.0] |" in table
     assert "8-4-2" not in table, "it did not choose"
 
