@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -13,7 +14,7 @@ from helpers.io.paths import FAST, ROOT
 from helpers.io.provenance import cpu_name, peak_memory_bytes
 from helpers.io.results import read_result, require, write_json
 from helpers.models.presets import get_preset
-from helpers.publishing import blocks, command, execution, tidying
+from helpers.publishing import blocks, command, execution, stopping, tidying
 from helpers.publishing.tables.benchmark import benchmark_table
 from helpers.publishing.tables.comparison import MULTIPLE_CHOICE, multiple_choice_table
 
@@ -322,3 +323,15 @@ def test_peak_memory_and_processor_are_told_on_any_system(monkeypatch):
     monkeypatch.setattr(Path, "read_text", unreadable)
     assert 20e6 < peak_memory_bytes() < 100e9
     assert cpu_name()
+
+
+def test_cells_after_a_reason_are_emptied(monkeypatch, capsys):
+    shell = SimpleNamespace(input_transformers_cleanup=[])
+    monkeypatch.setattr(stopping, "get_ipython", lambda: shell)
+    stopping.skip_rest("")
+    assert shell.input_transformers_cleanup == []
+    stopping.skip_rest("no pair")
+    (change,) = shell.input_transformers_cleanup
+    assert change(["1 + 1\n"]) == []
+    assert change([stopping.RUNS_ANYHOW + "\n", "1 + 1\n"])[1] == "1 + 1\n"
+    assert capsys.readouterr().out.startswith("no pair. The cells below are skipped")
