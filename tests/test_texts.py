@@ -17,7 +17,7 @@ from helpers.models import (
     load_stories,
 )
 from helpers.models.hub import HubError
-from helpers.models.items import item_schema, parse_item
+from helpers.models.items import parse_item
 from helpers.models.presets import PRESETS
 from helpers.models.sequences import take_sequences
 from helpers.models.splits import split_holdout
@@ -260,8 +260,8 @@ def test_neither_hub_nor_folder_is_told_before_a_model_is_loaded(monkeypatch, ca
     ],
 )  # fmt: skip
 def test_items_are_read_as_the_harness_reads_them(record, schema, context, endings):
-    item = parse_item(record, "here")
-    assert (item_schema(record), item.context, item.endings) == (schema, context, endings)
+    item, found = parse_item(record, "here")
+    assert (found, item.context, item.endings) == (schema, context, endings)
     assert item.text == f"{context} {endings[item.label]}"
 
 

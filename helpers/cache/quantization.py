@@ -7,7 +7,7 @@ vector is enough (QuaRot, arXiv 2404.00456).
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -96,26 +96,19 @@ def quantize(
     shrunk about its middle to the step of least squared error. `bits` is 2, 4 or 8. `note` is told of the larger
     tensors that are made on the way.
     """
-    search = search and bits == 2
-    compiled = _compiled() if x.device.type == "cpu" and x.dtype == torch.float32 else None
-    if compiled:
-        vectors = x.reshape(-1, x.shape[-1]).contiguous().detach()
-        low, high = compiled.ends(vectors, STEP_SEARCH if search else ())
+    shares, shape = STEP_SEARCH if search and bits == 2 else (), x.shape[:-1]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and (loops := _compiled()):
+        x = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        (low, high), pack = loops.ends(x, shares), loops.pack
     else:
-        vectors, (low, high) = x, x.aminmax(dim=-1, keepdim=True)
-    note(low, high)
-    if search and not compiled:
-        low, high = _best_range(x, low, high, note)
+        (low, high), pack = _ends(x, shares, note), partial(_pack, note=note)
     scales = torch.cat([(high - low) / (2**bits - 1), low], dim=-1).to(torch.float16)
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
     exact = scales.to(x.dtype)
-    note(vectors, scales, exact)
-    if compiled:
-        packed = compiled.pack(vectors, exact, bits)
-    else:
-        packed = pack_codes(_round_to_grid(vectors, *exact.split(1, dim=-1), bits, note, torch.uint8), bits)
+    note(x, low, high, scales, exact)
+    packed = pack(x, exact, bits)
     note(packed)
-    return packed.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], 2)
+    return packed.view(*shape, -1), scales.view(*shape, 2)
 
 
 @lru_cache(maxsize=1)
@@ -131,16 +124,18 @@ def _compiled() -> ModuleType | None:
     return quantization_cpu
 
 
-def _best_range(
-    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, note: Callable[..., None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends `[..., 1]` of the grids at 2 bits that change the vectors least: shrunk about the middle of their range."""
+def _ends(x: torch.Tensor, shares: tuple[float, ...], note: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends `[..., 1]` of the vectors' grids: their range, or of `shares` of it the one that changes them least."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    note(low, high)
+    if not shares:
+        return low, high
     middle, half = (low + high) / 2, (high - low) / 2
     best_error, best_half = torch.full_like(low, torch.inf), half
     note(middle, half, best_error)
     at_once = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))
-    for shares in torch.tensor(STEP_SEARCH, dtype=x.dtype, device=x.device).split(at_once):
-        error, best_here = _best_of(x, middle, half * shares.view(-1, *[1] * x.ndim), note)
+    for some in torch.tensor(shares, dtype=x.dtype, device=x.device).split(at_once):
+        error, best_here = _best_of(x, middle, half * some.view(-1, *[1] * x.ndim), note)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_half = torch.where(better, best_here, best_half)
@@ -159,6 +154,11 @@ def _best_of(
     note(error)
     error, which = error.min(0, keepdim=True)
     return error[0], halves.gather(0, which)[0]
+
+
+def _pack(x: torch.Tensor, scales: torch.Tensor, bits: int, note: Callable[..., None]) -> torch.Tensor:
+    """The nearest codes of `x` for `scales` `[..., 2]`, packed."""
+    return pack_codes(_round_to_grid(x, *scales.split(1, dim=-1), bits, note, torch.uint8), bits)
 
 
 def _round_to_grid(

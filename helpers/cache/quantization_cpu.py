@@ -4,21 +4,14 @@ The same numbers as with tensor operations, but for the order in which squared e
 that are equally good to the last digit, the choice may differ.
 """
 
-import numba
 import numpy as np
 import torch
 
+from helpers.cache.compiling import compilers
+
 EXPONENT = np.int32(0x7F800000)  # bits of a float32 that are all set where it is NaN or infinite
 MATH = {"reassoc", "nsz", "contract"}  # not "arcp": codes are those of a true division
-
-
-def _compiled(function):
-    return numba.njit(fastmath=MATH, cache=True, nogil=True, error_model="numpy")(function)
-
-
-def _inlined(function):
-    """Compiled anew at each call: with a constant length, a loop over a vector is vectorized whole."""
-    return numba.njit(fastmath=MATH, nogil=True, error_model="numpy", inline="always")(function)
+_compiled, _inlined = compilers(MATH)
 
 
 @_inlined

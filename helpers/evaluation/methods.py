@@ -7,7 +7,7 @@ an empty cache. Tables and figures arrange methods by `Group`.
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -110,6 +110,15 @@ def stock_methods() -> list[StockQuantized]:
     return [method for method in map(StockQuantized, BACKENDS) if method.installed]
 
 
+def _packed(*policies: Policy) -> list[PackedMethod]:
+    return [PackedMethod(policy) for policy in policies]
+
+
+def _settled(controllers: str | Path) -> list[PackedMethod]:
+    """The settle controller under each of the schedules that rankings are compared on."""
+    return _packed(*(LearnedController.load(controllers, "settle", *schedule) for schedule in SCHEDULES))
+
+
 def seven_methods(controllers: str | Path) -> list[Group]:
     """What answers the assignment's question: full precision, static 4-bit storage (ours and the library's), the rule,
     the controller that imitates it, the settled one, and its schedule with tokens drawn at random.
@@ -119,26 +128,25 @@ def seven_methods(controllers: str | Path) -> list[Group]:
     control = AgeSchedule(settle.commit, settle.steps, "random")
     return [
         Group("full precision", [FullPrecision()]),
-        Group("static", [PackedMethod(FixedBits(4))]),
-        Group("rule", [PackedMethod(EntropyRule())]),
-        Group("learned at commit", [PackedMethod(imitation)]),
-        Group("learned at settle", [PackedMethod(settle)]),
-        Group("schedule", [PackedMethod(control)]),
+        Group("static", _packed(FixedBits(4))),
+        Group("rule", _packed(EntropyRule())),
+        Group("learned at commit", _packed(imitation)),
+        Group("learned at settle", _packed(settle)),
+        Group("schedule", _packed(control)),
         Group("stock", stock_methods()[:1]),
     ]
 
 
 def multiple_choice_methods(controllers: str | Path) -> list[Group]:
     """What is worth the hours that hundreds of multiple-choice items take on a large model."""
-    widths = [PackedMethod(FixedBits(8)), PackedMethod(FixedBits(4)), PackedMethod(FixedBits(4), quantizer="minmax")]
+    eight, four, two = _packed(*map(FixedBits, (8, 4, 2)))
     imitation = LearnedController.load(controllers, "imitation")
-    learned = [LearnedController.load(controllers, "settle", *schedule) for schedule in SCHEDULES]
     return [
         Group("full precision", [FullPrecision()]),
-        Group("static", [*widths, PackedMethod(FixedBits(2))]),
-        Group("rule", [PackedMethod(EntropyRule())], random_control=True),
-        Group("learned at commit", [PackedMethod(imitation)], random_control=True),
-        Group("learned at settle", [PackedMethod(policy) for policy in learned]),
+        Group("static", [eight, four, replace(four, quantizer="minmax"), two]),
+        Group("rule", _packed(EntropyRule()), random_control=True),
+        Group("learned at commit", _packed(imitation), random_control=True),
+        Group("learned at settle", _settled(controllers)),
         Group("stock", stock_methods()[:1]),
     ]
 
@@ -149,21 +157,16 @@ def default_methods(controllers: str | Path) -> list[Group]:
     The hand-made schedules sit out the multiple choice: its contexts are a few blocks long, and hardly anything in
     them grows old enough to move.
     """
-
-    def packed(*policies: Policy) -> list[PackedMethod]:
-        return [PackedMethod(policy) for policy in policies]
-
     imitation, commit = (LearnedController.load(controllers, name) for name in ("imitation", "commit"))
     ranked = [AgeSchedule(*schedule, ranking) for schedule in SCHEDULES for ranking in RANKINGS]
-    learned = [LearnedController.load(controllers, "settle", *schedule) for schedule in SCHEDULES]
     widths = [PackedMethod(FixedBits(bits), quantizer=q) for bits in (8, 4, 2) for q in ("rotated", "minmax")]
     simple = AgeSchedule(4, (Step(3, 2),)), AgeSchedule(8, (Step(3, 4), Step(6, 2)))
     return [
         Group("full precision", [FullPrecision()]),
         Group("static", widths),
-        Group("rule", packed(EntropyRule()), random_control=True),
-        Group("schedule", packed(*simple, *ranked), chooses_endings=False),
-        Group("learned at commit", packed(imitation, commit.at_average(4.0)), random_control=True),
-        Group("learned at settle", packed(*learned)),
+        Group("rule", _packed(EntropyRule()), random_control=True),
+        Group("schedule", _packed(*simple, *ranked), chooses_endings=False),
+        Group("learned at commit", _packed(imitation, commit.at_average(4.0)), random_control=True),
+        Group("learned at settle", _settled(controllers)),
         Group("stock", stock_methods()),
     ]

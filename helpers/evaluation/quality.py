@@ -13,8 +13,6 @@ from helpers.policies import score_blocks
 from helpers.policies.features import log_probabilities, surprisal_of
 
 SIZES = ("code_bits", "stored_bits", "held_bytes", "live_bytes")
-
-
 KEPT_BYTES = 4 * 2**30  # of full-precision logits that are kept for the next method
 
 

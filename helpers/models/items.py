@@ -26,9 +26,8 @@ class MultipleChoice:
         return f"{self.context} {self.endings[self.label]}"
 
 
-def item_schema(record: dict) -> str:
-    """What a record is read as: the schema, and for HellaSwag the variant of the context, which scores depend on."""
-    record = _flat(record, "")
+def _schema(record: dict) -> str:
+    """The schema of a flat record, and for HellaSwag the variant of the context, which scores depend on."""
     if "choices" in record:
         return "openbookqa" if "question_stem" in record else "arc"
     if {"activity_label", "ctx_a", "ctx_b"} <= record.keys():
@@ -36,13 +35,14 @@ def item_schema(record: dict) -> str:
     return "hellaswag, activity_label: ctx" if "activity_label" in record else "ctx alone"
 
 
-def parse_item(record: dict, where: str) -> MultipleChoice:
-    """An item in the schema of HellaSwag, OpenBookQA (`question_stem`) or ARC (`question`).
+def parse_item(record: dict, where: str) -> tuple[MultipleChoice, str]:
+    """An item in the schema of HellaSwag, OpenBookQA (`question_stem`) or ARC (`question`), and what it was read as.
 
     With HellaSwag's `activity_label`, `ctx_a` and `ctx_b`, context and endings are those of the task `hellaswag` of the
     Language Model Evaluation Harness; without the latter two, the context is `activity_label: ctx`.
     """
     record = _flat(record, where)
+    schema = _schema(record)
     if "choices" in record:
         stem = "question_stem" if "question_stem" in record else "question"
         require_fields(record, (stem, "choices", "answerKey"), where)
@@ -52,18 +52,17 @@ def parse_item(record: dict, where: str) -> MultipleChoice:
         context = record[stem].strip()
         # ARC's questions end as questions do; a cue makes their choices read on.
         context = context if stem == "question_stem" else f"Question: {context}\nAnswer:"
-        return MultipleChoice(context, endings, labels.index(record["answerKey"]))
-    schema = item_schema(record)
+        return MultipleChoice(context, endings, labels.index(record["answerKey"])), schema
     fields = ("ctx_a", "ctx_b") if schema == "hellaswag (harness)" else ("ctx",)
     require_fields(record, (*fields, "endings", "label"), where)
     endings, label = tuple(record["endings"]), str(record["label"])
     if not label.isdigit() or int(label) >= len(endings):
         raise ValueError(f"{where}: label {record['label']!r} is not an index into its {len(endings)} endings")
     if schema == "ctx alone":
-        return MultipleChoice(record["ctx"].strip(), endings, int(label))
+        return MultipleChoice(record["ctx"].strip(), endings, int(label)), schema
     begun = record["ctx"] if fields == ("ctx",) else f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
     context, *endings = map(_clean, (f"{record['activity_label']}: {begun}", *endings))
-    return MultipleChoice(context, tuple(endings), int(label))
+    return MultipleChoice(context, tuple(endings), int(label)), schema
 
 
 def _clean(text: str) -> str:
@@ -90,11 +89,7 @@ def load_multiple_choice(source: str | Path, split: str | None = None) -> Part[M
     In the schema of HellaSwag (`ctx`, `endings`, `label`), OpenBookQA or ARC, which `Part.schema` names. A hub
     configuration is named after a colon: `allenai/ai2_arc:ARC-Challenge`. Splits and errors as in `load_records`.
     """
-
-    def parse(record: dict, where: str) -> tuple[MultipleChoice, str]:
-        return parse_item(record, where), item_schema(record)
-
-    part = load_records(source, parse, split, "validation", "item", content=lambda pair: pair[0].text)
+    part = load_records(source, parse_item, split, "validation", "item", content=lambda pair: pair[0].text)
     return Part([item for item, _ in part], part.split, "; ".join(sorted({schema for _, schema in part})))
 
 

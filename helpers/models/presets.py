@@ -119,11 +119,11 @@ def get_preset(name: str | None = None, texts_dir: str | None = None) -> Preset:
     return replace(preset, **{field: in_folder(getattr(preset, field), texts_dir) for field in TEXTS})
 
 
-def needed_by(source: str) -> str:
-    """What needs the texts `source`, in words for a message."""
+def uses_of(source: str) -> dict[str, list[str]]:
+    """What the texts `source` are read for ("multiple-choice", "stories", ...), and by which presets."""
     uses: dict[str, list[str]] = {}
     for preset in PRESETS.values():
         for field in TEXTS:
             if getattr(preset, field) == source:
                 uses.setdefault(field.replace("_", "-"), []).append(preset.name)
-    return "; ".join(f"the {field} texts of preset {', '.join(names)}" for field, names in uses.items()) or "asked for"
+    return uses

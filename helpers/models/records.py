@@ -44,11 +44,10 @@ def load_records(
     hub (`name` or `name:configuration`), `split` or else `set_split`. Raises `ValueError` that names file and line for
     anything else.
     """
-    place = locate(source, split or set_split)
+    place = locate(source, split, set_split)
     if place.path is None:
-        split = split or set_split
-        data = fetch_dataset(str(source), split)
-        return Part([parse(record, f"{source}[{i}]") for i, record in enumerate(data)], f"the hub's split {split}")
+        data = fetch_dataset(str(source), place.split)
+        return Part([parse(each, f"{source}[{i}]") for i, each in enumerate(data)], f"the hub's split {place.split}")
     path, records, own = place.path, [], []
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
@@ -65,4 +64,4 @@ def load_records(
             own.append(record.get("split"))
     if not records:
         raise ValueError(f"{path.name}: holds no items")
-    return choose(records, split if place.named else split or set_split, place, unit, own, cut=cut, content=content)
+    return choose(records, place, unit, own, cut=cut, content=content)

@@ -10,8 +10,8 @@ from helpers.models.text_files import in_folder
 class Sources:
     """What is read and where the result goes; what is left out comes from the preset."""
 
-    preset: str | None = None  # embedded (default), smollm or llama; also the variable PRESET
-    model: str | None = None  # folder or hub name instead of the preset's model
+    preset: str | None = None  # embedded (default), smollm2, smollm or llama; also the variable PRESET
+    model: str | None = None  # folder, hub name, GGUF file or pypi:NAME instead of the preset's model
     texts: str | None = None  # file or hub name instead of the preset's texts
     texts_dir: str | None = None  # folder of files in place of the hub's texts; also the variable TEXTS_DIR
     out: str | None = None  # result file or folder instead of the preset's

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from helpers.models.presets import needed_by
+from helpers.models.presets import uses_of
 from helpers.models.text_files import TEXT_FILES, find_file, split_folder
 
 T = TypeVar("T")
@@ -32,24 +32,30 @@ class Place:
     """Where a split is read: the file `path`, or the hub (None)."""
 
     path: Path | None
+    split: str | None  # that is asked for; None: all that a file holds
     shared: bool = False  # by training and testing
     named: bool = False  # by the user, not found in a folder of texts
 
 
-def locate(source: str | Path, split: str) -> Place:
+def locate(source: str | Path, split: str | None, set_split: str) -> Place:
     """The file that `source` is, or the one that it stands for in a folder of texts, else the hub.
 
-    Raises `ValueError` that says what is missing in the folder and what needs it.
+    Without `split` a file that the user names is read whole, and `set_split` of a data set. Raises `ValueError` that
+    says what is missing in the folder and what needs it.
     """
     if Path(source).is_file():
-        return Place(Path(source), shared=True, named=True)
+        return Place(Path(source), split, shared=True, named=True)
+    split = split or set_split
     if not (found := split_folder(str(source))):
-        return Place(None)
+        return Place(None, split)
     folder, name = found
     if not (file := find_file(folder, name, split)):
         names = ", ".join(file for files in TEXT_FILES[name].values() for file in files)
-        raise ValueError(f"TEXTS_DIR={folder}: found none of {names}, which {name} is read from ({needed_by(name)})")
-    return Place(*file)
+        uses = [f"the {field} texts of preset {', '.join(presets)}" for field, presets in uses_of(name).items()]
+        needed = "; ".join(uses) or "asked for"
+        raise ValueError(f"TEXTS_DIR={folder}: found none of {names}, which {name} is read from ({needed})")
+    path, shared = file
+    return Place(path, split, shared)
 
 
 def split_holdout(stories: Sequence[T], holdout: float = 0.1) -> tuple[Sequence[T], Sequence[T]]:
@@ -64,7 +70,6 @@ def split_holdout(stories: Sequence[T], holdout: float = 0.1) -> tuple[Sequence[
 
 def choose(
     units: list[T],
-    split: str | None,
     place: Place,
     unit: str,
     own: Sequence[str | None] = (),
@@ -72,13 +77,13 @@ def choose(
     cut: bool = True,
     content: Callable[[T], Hashable] = lambda unit: unit,
 ) -> Part[T]:
-    """The units that belong to `split`, of all that the file of `place` holds; all of them without `split`.
+    """The units that belong to the split of `place`, of all that its file holds; all of them where it names none.
 
     `own` are the splits that the records themselves name, `holdout` is the share that testing gets where the file is
     cut. Without `cut`, a file that the user named is not. `content` is that by which two units are the same. Raises
     `ValueError` where nothing is left or to be cut.
     """
-    name, count = place.path.name, len(units)
+    name, count, split = place.path.name, len(units), place.split
     if split is None or not place.shared:
         return Part(units, f"all {count} of {name}")
     if place.named and len(set(own)) > 1:

@@ -48,7 +48,7 @@ def read_stories(path: str | Path) -> list[str]:
 
 def _load(source: str, split: str | None, cut: bool = True) -> Part[tuple[str, ...]]:
     """Every text of a source, an article with its highlights. Splits as in `load_stories`."""
-    place = locate(source, split or TRAINING)
+    place = locate(source, split, TRAINING)
     if place.path is None or ".jsonl" in place.path.suffixes:
         rows = load_records(source, _parse_texts, split, TRAINING, cut=cut)
         if place.path is None and any(len(row) == 1 and TITLE.match(row[0]) for row in rows):  # a line a row
@@ -57,8 +57,7 @@ def _load(source: str, split: str | None, cut: bool = True) -> Part[tuple[str, .
         return Part([row for row in rows if row[0].strip()], rows.split)
     texts, unit = _read_texts(place.path)
     holdout = HELD_OUT if place.named else 0.5
-    split = split if place.named else split or TRAINING
-    return choose([(text,) for text in texts], split, place, unit, holdout=holdout, cut=cut)
+    return choose([(text,) for text in texts], place, unit, holdout=holdout, cut=cut)
 
 
 def load_stories(source: str, split: str | None = None) -> Part[str]:
@@ -113,7 +112,7 @@ def _parse_texts(record: dict, where: str) -> tuple[str, ...]:
     if "article" in record:
         article = _parse_article(record, where)
         return article.article, article.highlights
-    return (parse_item(record, where).text,)
+    return (parse_item(record, where)[0].text,)
 
 
 def load_paragraphs(source: str, split: str | None = TRAINING, cut: bool = True) -> Part[str]:

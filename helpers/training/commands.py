@@ -5,8 +5,7 @@ from pathlib import Path
 
 from helpers.io import relative_to_root
 from helpers.io.processes import is_main_process, one_first
-from helpers.models import encode, load_model, load_stories, sample_items
-from helpers.models.sequences import take_sequences
+from helpers.models import encode, load_model, load_stories, sample_items, take_sequences
 from helpers.models.sources import Sources
 from helpers.policies import EntropyRule
 from helpers.training import collection

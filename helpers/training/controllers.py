@@ -25,15 +25,14 @@ def train_controllers(
     model_name: str,
     seed: int = 0,
     schedules: Sequence[AgeSchedule] = tuple(AgeSchedule(*schedule) for schedule in SCHEDULES),
-    exact: bool | None = None,
 ) -> pd.DataFrame:
     """Train and save the three controllers of a model into `folder`; what notebook 02 does step by step.
 
-    `table` is a result of `collect`, `sequences` are token ids of longer texts for the settle network; `exact` as in
-    `load_or_measure_costs`. Returns the held-out loss and epoch of each.
+    `table` is a result of `collect`, `sequences` are token ids of longer texts for the settle network. Returns the
+    held-out loss and epoch of each.
     """
     histories: dict[str, History] = {}
-    costs, multiplier = load_or_measure_costs(model, table, Path(folder) / "costs.csv", exact=exact)
+    costs, multiplier = load_or_measure_costs(model, table, Path(folder) / "costs.csv")
     for name, task in commit_tasks(costs, multiplier).items():
         network, histories[name] = train_commit(costs, **task, seed=seed)
         about = {"label": task["label"], "model": model_name, "weights": vars(task["weights"])}

@@ -15,6 +15,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from helpers.cache.compiling import compilers
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.tokens import EMPTY
 
@@ -27,19 +28,8 @@ FIRST, STOP, CAPACITY, KEY_BITS, VALUE_BITS, RAGGED, PENDING_AT, KEY_CODES, KEY_
 VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED, COLUMNS = range(9, 15)
 
 
-def _compiled(function):
-    return numba.njit(fastmath=MATH, cache=True, nogil=True, error_model="numpy")(function)
-
-
-def _inlined(function):
-    """Compiled anew at each call, so that constant arguments are constants to the compiler: short loops over a vector
-    of known length are vectorized whole, over one of unknown length they fall into the scalar remainder."""
-    return numba.njit(fastmath=MATH, nogil=True, error_model="numpy", inline="always")(function)
-
-
-def _ordered(function):
-    """As `_compiled`, with numbers taken to be comparable, or a search for the largest would not vectorize."""
-    return numba.njit(fastmath=MATH | {"nnan"}, cache=True, nogil=True, error_model="numpy")(function)
+_compiled, _inlined = compilers(MATH)
+_ordered, _ = compilers(MATH | {"nnan"})  # numbers are comparable: else a search for the largest would not vectorize
 
 
 @intrinsic

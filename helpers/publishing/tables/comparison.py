@@ -18,8 +18,7 @@ def comparison_table(name: str, latency: bool = False) -> str:
     static = table.set_index("method").loc["static 4-bit"]
     full = table["method"] == "full precision"
     shown = {"method": table["method"].mask(table["group"] == "learned at settle", "**" + table["method"] + "**")}
-    if table["peak_bytes"].notna().all():
-        shown["peak bytes / static 4-bit"] = fixed(table["peak_bytes"] / static["peak_bytes"], 2)
+    shown["peak bytes / static 4-bit"] = fixed(table["peak_bytes"] / static["peak_bytes"], 2)
     held, live = (fixed(table[column] / static[column], 2) for column in ("held_bytes", "live_bytes"))
     shown["held bytes (live) / static 4-bit"] = held + " (" + live + ")"
     shown |= {

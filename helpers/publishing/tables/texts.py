@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from helpers.models import PRESETS, TEXT_FILES
-from helpers.models.presets import TEXTS
+from helpers.models import TEXT_FILES
+from helpers.models.presets import uses_of
 from helpers.publishing.tables.layout import markdown
 
 
@@ -11,9 +11,6 @@ def text_files_table() -> str:
     """For each data set and split the names that are looked for, and what presets read it for."""
     rows = []
     for name, splits in TEXT_FILES.items():
-        uses = {
-            field.replace("_", "-") for preset in PRESETS.values() for field in TEXTS if getattr(preset, field) == name
-        }
         files = {split: ", ".join(f"`{file}`" for file in files) for split, files in splits.items()}
-        rows.append({"data set": f"`{name}`", "read for": ", ".join(sorted(uses)), **files})
+        rows.append({"data set": f"`{name}`", "read for": ", ".join(sorted(uses_of(name))), **files})
     return markdown(pd.DataFrame(rows).fillna(""))
