@@ -67,7 +67,9 @@ class Codec:
             states = states[:, :, :, :CENTRE_TOKENS]
             real = torch.ones(states.shape[1], CENTRE_TOKENS, dtype=torch.bool, device=states.device)
         weights = (real & (real.cumsum(-1) <= CENTRE_TOKENS)).to(self.dtype)
-        mean = torch.einsum("lbhnd,bn->lbhd", states.to(self.dtype), weights) / weights.sum(-1)[None, :, None, None]
+        # No matrix product: its last digits depend on how many layers are coded together.
+        weights = weights[None, :, None, :, None]
+        mean = (states.to(self.dtype) * weights).sum(3) / weights.sum(3)
         if self.centre is None:
             self.centre = mean.new_zeros(count or len(mean), *mean.shape[1:])
             self.note(self.centre)

@@ -31,7 +31,8 @@ class PeakBytes:
             self._sum += storage.nbytes() - before
         # What has gone matters only where the sum with it would be a new peak.
         if self._sum > self.bytes or len(self._known) > self._many:
-            self._known = {key: held for key, held in self._known.items() if not held[0].expired()}
+            gone = torch.UntypedStorage._expired  # at once: `StorageWeakRef.expired` takes three calls to ask
+            self._known = {key: held for key, held in self._known.items() if not gone(held[0].cdata)}
             self._sum, self._many = sum(size for _, size in self._known.values()), 2 * len(self._known) + MANY
             self.bytes = max(self.bytes, self._sum)
 

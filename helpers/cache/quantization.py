@@ -185,7 +185,13 @@ def dequantize(
     note: Callable[..., None] = lambda *tensors: None,
 ) -> torch.Tensor:
     """Inverse of `quantize` up to its error: `[..., n]` in `dtype`; `note` is told of what is made."""
-    exact, codes = scales.to(dtype), unpack_codes(packed, bits)
+    exact = scales.to(dtype)
+    if packed.device.type == "cpu" and dtype == torch.float32 and (loops := _compiled()):
+        rows = packed.reshape(-1, packed.shape[-1]).contiguous()
+        x = loops.unpack(rows, exact.reshape(-1, 2), bits)
+        note(exact, rows, x)
+        return x.view(*packed.shape[:-1], x.shape[-1])
+    codes = unpack_codes(packed, bits)
     scale, zero = exact.split(1, dim=-1)
     x = codes.to(dtype)
     note(exact, codes, x)

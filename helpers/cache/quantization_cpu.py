@@ -12,6 +12,7 @@ from helpers.cache.compiling import compilers
 EXPONENT = np.int32(0x7F800000)  # bits of a float32 that are all set where it is NaN or infinite
 MATH = {"reassoc", "nsz", "contract"}  # not "arcp": codes are those of a true division
 _compiled, _inlined = compilers(MATH)
+_exactly, _inlined_exactly = compilers({"nsz"})  # reading back multiplies, then adds, as tensor operations do
 
 
 @_inlined
@@ -89,6 +90,39 @@ def _pack(x, scales, bits, packed):
         _write_any(x, x.shape[1], scales, bits, packed)
 
 
+@_inlined_exactly
+def _read_any(packed, n, scales, bits, x):
+    for v in range(len(x)):
+        row, out, scale, zero = packed[v], x[v], scales[v, 0], scales[v, 1]
+        if bits == 2:
+            for j in range(n // 4):
+                byte = np.int32(row[j])
+                out[j] = np.float32(byte & 3) * scale + zero
+                out[n // 4 + j] = np.float32((byte >> 2) & 3) * scale + zero
+                out[n // 2 + j] = np.float32((byte >> 4) & 3) * scale + zero
+                out[3 * n // 4 + j] = np.float32(byte >> 6) * scale + zero
+        elif bits == 4:
+            for j in range(n // 2):
+                byte = np.int32(row[j])
+                out[j] = np.float32(byte & 15) * scale + zero
+                out[n // 2 + j] = np.float32(byte >> 4) * scale + zero
+        else:
+            for j in range(n):
+                out[j] = np.float32(row[j]) * scale + zero
+
+
+@_exactly
+def _unpack(packed, scales, bits, x):
+    if x.shape[1] == 64:
+        _read_any(packed, 64, scales, bits, x)
+    elif x.shape[1] == 128:
+        _read_any(packed, 128, scales, bits, x)
+    elif x.shape[1] == 32:
+        _read_any(packed, 32, scales, bits, x)
+    else:
+        _read_any(packed, x.shape[1], scales, bits, x)
+
+
 def ends(x: torch.Tensor, shares: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the grid of each vector of `x` `[vectors, n]`, float32, begins and ends, `[vectors, 1]` each.
 
@@ -106,3 +140,10 @@ def pack(x: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     packed = x.new_empty(len(x), x.shape[1] * bits // 8, dtype=torch.uint8)
     _pack(x.numpy(), scales.numpy(), bits, packed.numpy())
     return packed
+
+
+def unpack(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack` up to its error: float32 `[vectors, n]`, the same numbers as `quantization.dequantize`'s."""
+    x = scales.new_empty(len(packed), packed.shape[1] * 8 // bits)
+    _unpack(packed.numpy(), scales.numpy(), bits, x.numpy())
+    return x

@@ -31,8 +31,10 @@ def record_tail_received(weights: torch.Tensor, states: PackedStates) -> None:
 
     `weights` `[B, H, G, Q, tail tokens]` are those of the newest queries, of which the last `RECEIVED_WINDOW` count.
     """
-    weights = weights[..., -RECEIVED_WINDOW:, :]
+    weights, size = weights[..., -RECEIVED_WINDOW:, :], states.cache.block
     queries, keys = weights.shape[-2:]
-    block = torch.arange(keys, device=weights.device) // states.cache.block
-    later = block[keys - queries :, None] > block
-    states.cache.layers[states.layer_idx].add_received((weights * later).sum((2, 3)))
+    older = (keys - queries) // size * size  # tokens of blocks that are older than all of the queries
+    block = torch.arange(older, keys, device=weights.device) // size
+    later = block[-queries:, None] > block
+    received = [weights[..., :older].sum((2, 3)), (weights[..., older:] * later).sum((2, 3))]
+    states.cache.layers[states.layer_idx].add_received(torch.cat(received, -1))

@@ -28,6 +28,6 @@ def attention_variance(
         stop = min(at + chunk, queries)
         seen = tokens - queries + stop  # without a mask, later keys are not visible to this chunk anyway
         mask = None if attention_mask is None else attention_mask[:, :, at:stop, :seen]
-        weights, visible = plain_weights(query[:, :, at:stop], keys[:, :, :seen], mask, scaling)
-        variances.append(row_variance(weights, visible).flatten(1, 2).mean(1))
+        weights, scores = plain_weights(query[:, :, at:stop], keys[:, :, :seen], mask, scaling)
+        variances.append(row_variance(weights, scores.isfinite().sum(-1)).flatten(1, 2).mean(1))
     return torch.cat(variances, dim=-1)

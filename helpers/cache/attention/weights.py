@@ -9,20 +9,21 @@ import torch
 def plain_weights(
     query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `[B, H, G, Q, tokens]` of the newest queries over all keys, and how many keys each query sees.
+    """Weights `[B, H, G, Q, tokens]` of the newest queries over all keys, and the scores that they come from, scaled.
 
-    `query` is `[B, H * G, Q, D]`, `keys` `[B, H, tokens, D]`: G query heads share a key/value head.
+    `query` is `[B, H * G, Q, D]`, `keys` `[B, H, tokens, D]`: G query heads share a key/value head. The score of a key
+    that a query does not see is -inf.
     """
     rows, heads, queries, _ = query.shape
-    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    kv_heads = keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
-    scores = q @ keys.to(dtype)[:, :, None].mT * scaling
+    scores = (q @ keys.to(dtype)[:, :, None].mT).mul_(scaling)
     if attention_mask is None:
-        scores = scores.masked_fill(future_keys(queries, tokens, query.device), -torch.inf)
-    else:
-        scores = apply_mask(scores, grouped_mask(attention_mask, rows, heads, kv_heads))
-    return scores.softmax(-1).nan_to_num(0.0), scores.isfinite().sum(-1)
+        scores[..., -queries:].masked_fill_(future_keys(queries, queries, query.device), -torch.inf)
+        return scores.softmax(-1), scores
+    scores = apply_mask(scores, grouped_mask(attention_mask, rows, heads, kv_heads))
+    return scores.softmax(-1).nan_to_num(0.0), scores  # padding sees nothing
 
 
 def grouped_mask(mask: torch.Tensor | None, rows: int, heads: int, kv_heads: int) -> torch.Tensor | None:
