@@ -16,6 +16,7 @@ from conftest import random_ids, tiny_model
 from transformers import LlamaConfig
 
 import helpers.cache.attention.dispatch as attention
+from helpers.cache.balance import Balance
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.layer import PackedStates
 from helpers.cache.tokens import EMPTY
@@ -71,9 +72,30 @@ class Case:
     dtype: torch.dtype = torch.float32
     quantizer: str = "rotated"
     block: int = 8
+    sinks: int = 0
+    centre: str = "first"
+    balanced: bool = False
+    partial: float = 1.0  # share of a head that rotary embedding turns; 0 for a model without
 
 
 BASE = Case()
+CODINGS = {
+    "sinks": {"sinks": 4},
+    "rotary mean": {"centre": "rotary"},
+    "not centred": {"centre": "none"},
+    "balanced": {"balanced": True},
+    "all three": {"sinks": 4, "centre": "rotary", "balanced": True},
+    "all three, partial rotary": {"sinks": 4, "centre": "rotary", "balanced": True, "partial": 0.25},
+    "all three, no rotary": {"sinks": 4, "centre": "rotary", "balanced": True, "partial": 0},
+}
+CODED = {
+    "": {},
+    ", 3 groups, 4 queries": {"groups": 3, "queries": 4, "bits": (4, 2)},
+    ", mixed, 3 rows, padded": {"bits": "mixed", "rows": 3, "padding": (0, 5, 13), "groups": 3, "head_dim": 80},
+    ", settled, some kept": {"bits": 8, "pending": True, "settle": (2, 4, 3), "then": "mixed"},
+    ", settled, padded": {"bits": 4, "pending": True, "settle": (2, 4, 3), "rows": 3, "padding": (0, 5, 11)},
+    ", cropped into the sinks": {"crop": 46, "bits": (4, 8), "groups": 3},
+}
 CASES = {
     **{f"{bits} bits": replace(BASE, bits=bits) for bits in (2, 4, 8, 16)},
     **{f"{bits} bits, 3 groups": replace(BASE, bits=bits, groups=3, head_dim=64) for bits in (2, 4, 8, 16)},
@@ -112,6 +134,7 @@ CASES = {
     "float16, 3 groups": replace(BASE, dtype=torch.float16, bits="mixed", groups=3),
     "bfloat16": replace(BASE, dtype=torch.bfloat16, bits="mixed"),
     "bfloat16, 3 groups": replace(BASE, dtype=torch.bfloat16, bits="mixed", groups=3, padding=(7,)),
+    **{f"{name}{more}": replace(BASE, **how, **case) for more, case in CODED.items() for name, how in CODINGS.items()},
     "several pieces": replace(BASE, tokens=690, bits=4, then=2, block=64),
     "several pieces, 3 groups": replace(BASE, tokens=690, bits=8, pending=True, block=64, groups=3),
 }
@@ -123,11 +146,17 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates,
     config = LlamaConfig(
         num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=case.kv_heads, head_dim=case.head_dim,
         hidden_size=heads * case.head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": case.partial},
     )  # fmt: skip
     config._attn_implementation = PACKED_ATTENTION
-    cache = PackedKVCache(config, block=case.block, quantizer=case.quantizer)
-    cache.record_received = case.pending
     generator = torch.Generator().manual_seed(seed)
+    balance = None
+    if case.balanced:
+        moments = torch.randn(2, 2, case.kv_heads, 2 * case.head_dim, case.head_dim, generator=generator)
+        balance = Balance.of_moments(*(moments.mT @ moments))
+    coding = {"sinks": case.sinks, "centre": case.centre, "balance": balance}
+    cache = PackedKVCache(config, block=case.block, quantizer=case.quantizer, **coding)
+    cache.record_received = case.pending
     rng = np.random.default_rng(seed)
 
     def numbers(*shape: int) -> torch.Tensor:
@@ -152,7 +181,8 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates,
     if case.settle:
         target, blocks, keep = case.settle
         chosen = numbers(2, case.rows, case.kv_heads, blocks * case.block)
-        cache.settle(case.bits, target, blocks, keep, (lambda demotion: chosen) if keep else None)
+        scores = (lambda demotion: chosen[..., -demotion.key_error.shape[-1] :]) if keep else None
+        cache.settle(case.bits, target, blocks, keep, scores)
     if case.then:
         feed(2 * case.block)
         commit(case.then)

@@ -17,7 +17,7 @@ from test_kv_cache import all_tensors
 from transformers import LlamaConfig
 
 from helpers.cache.attention.reference import packed_attention
-from helpers.cache.codec import CENTRE_SHARE, CENTRE_TOKENS
+from helpers.cache.centre import CENTRE_SHARE, CENTRE_TOKENS
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.quantization import WIDTHS, dequantize, quantize, rotation_matrix
 from helpers.cache.tokens import EMPTY

@@ -11,6 +11,7 @@ Shapes: L layers that are stored together, B rows of the batch, H key/value head
 
 from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
 from helpers.cache.attention.dispatch import implementation_name, use_packed_attention
+from helpers.cache.balance import Balance
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.cache.plan import Demotion, Plan, Step
@@ -18,6 +19,7 @@ from helpers.cache.quantization import WIDTHS, Widths, dequantize, quantize, rot
 
 __all__ = [
     "WIDTHS",
+    "Balance",
     "Demotion",
     "PackedKVCache",
     "Plan",

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 
 import torch
 from transformers import DynamicCache
@@ -110,7 +111,9 @@ def code_bits(cache: Cache) -> float:
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """The plain tensors inside tensors of special kinds, tuples, lists and dictionaries."""
+    """The plain tensors inside tensors of special kinds, tuples, lists, dictionaries and dataclasses."""
+    if is_dataclass(value):
+        value = vars(value)
     if hasattr(value, "__tensor_flatten__"):
         value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     if isinstance(value, torch.Tensor):

@@ -3,9 +3,12 @@
 import numpy as np
 from transformers import PreTrainedConfig
 
-from helpers.cache.codec import QUANTIZERS
+from helpers.cache.balance import Balance
+from helpers.cache.codec import CENTRES, QUANTIZERS
 from helpers.cache.quantization import Widths, check_width, width_pair
 from helpers.cache.tokens import EMPTY
+
+MOST_SINKS = 8  # fewer than the tokens that are there when the first are committed
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
@@ -24,7 +27,15 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         )
 
 
-def check_settings(block: int, quantizer: str, max_length: int | None) -> None:
+def check_settings(
+    block: int,
+    quantizer: str,
+    max_length: int | None,
+    sinks: int,
+    centre: str,
+    balance: Balance | None,
+    config: PreTrainedConfig,
+) -> None:
     """Raise `ValueError` for settings of `PackedKVCache` that are out of range."""
     if not isinstance(block, int) or not 1 <= block < EMPTY:
         raise ValueError(f"block must lie between 1 and {EMPTY - 1} tokens, got {block!r}")
@@ -32,6 +43,25 @@ def check_settings(block: int, quantizer: str, max_length: int | None) -> None:
         raise ValueError(f"quantizer must be one of {QUANTIZERS}, got {quantizer!r}")
     if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
         raise ValueError(f"max_length must be a number of tokens, 1 or more, got {max_length!r}")
+    if not isinstance(sinks, int) or not 0 <= sinks <= MOST_SINKS:
+        raise ValueError(f"sinks must be a number of tokens from 0 to {MOST_SINKS}, got {sinks!r}")
+    if centre not in CENTRES:
+        raise ValueError(f"centre must be one of {CENTRES}, got {centre!r}")
+    if balance is not None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        expected = [config.num_hidden_layers, heads, head_dim(config), head_dim(config)]
+        if quantizer == "minmax":
+            raise ValueError("balance turns keys, which quantizer 'minmax' stores as they are: use 'rotated'")
+        if list(balance.matrices.shape) != expected:
+            raise ValueError(
+                f"balance must be of this model, {expected} (layers, key/value heads, head_dim, head_dim), got "
+                f"{list(balance.matrices.shape)}"
+            )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Numbers in a key of one head; some configurations leave it to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def check_settling(

@@ -118,10 +118,11 @@ class Bucket:
         allocate: Allocate,
         counts: np.ndarray | None = None,
         ragged: bool = False,
+        exact: bool = False,
     ) -> None:
         """Add slots at the back of the layers `layers`; with `counts`, only the first `counts[row]` of each row.
 
-        `ragged` says that some of the slots may be `EMPTY`.
+        `ragged` says that some of the slots may be `EMPTY`, `exact` that no room is made for more.
         """
         rows, n = tokens.token.shape[1], tokens.token.shape[SLOT_DIM]
         counts = np.full(rows, n) if counts is None else counts
@@ -131,10 +132,14 @@ class Bucket:
                 take = np.minimum(counts - done, segment.capacity - segment.fill)
                 segment.write(tokens, layers, done, take, ragged)
                 done = done + take
-        if rest := int((counts - done).max(initial=0)):
-            self.segments.append(Segment(allocate(tokens, self._capacity(rest, n)), np.zeros(rows, dtype=np.int64)))
+        rest = int((counts - done).max(initial=0))
+        self.expected = max(0, self.expected - (n - rest))
+        if rest:
+            self.segments.append(
+                Segment(allocate(tokens, rest if exact else self._capacity(rest, n)), np.zeros(rows, dtype=np.int64))
+            )
             self.segments[-1].write(tokens, layers, done, counts - done, ragged)
-        self.expected = max(0, self.expected - n)
+        self.expected = max(0, self.expected - rest)
 
     def _capacity(self, rest: int, n: int) -> int:
         """Slots of a new segment that takes `rest` of `n` appended slots."""

@@ -5,18 +5,18 @@ of tokens, buckets or layers, but that the leading dimensions of states are L la
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 
+from helpers.cache.balance import Balance
+from helpers.cache.centre import Centre
 from helpers.cache.quantization import FULL_WIDTH, bytes_per_vector, dequantize, quantize, rotation_matrix
+from helpers.cache.rotary import Rotary
 
 QUANTIZERS = ("rotated", "minmax")
-CENTRE_TOKENS = 16  # whose mean centres the keys
-# Keys are centred by half the mean of their first tokens. Rotary embedding turns the mean of distant keys away from
-# that of the first: with all of it 4-bit KL on far tokens of real text is 0.019, with half 0.015, with none 0.014;
-# on texts of 256 tokens that the model wrote itself 0.010, 0.010 and 0.015 (stories3M). Centring values gains nothing.
-CENTRE_SHARE = 0.5
+CENTRES = ("first", "rotary", "none")  # what keys are centred by
 
 
 @dataclass
@@ -38,71 +38,91 @@ class Codec:
     def __init__(
         self,
         dtype: torch.dtype,
-        rotation: torch.Tensor | None = None,
+        basis: torch.Tensor | None = None,
+        dual: torch.Tensor | None = None,
+        centre: Centre | None = None,
         note: Callable[..., None] = lambda *tensors: None,
     ):
-        """`dtype` is the states'. Without `rotation` `[D, D]` states are coded as they are, minimum to maximum.
+        """`dtype` is the states'. Without `basis` states are coded as they are, minimum to maximum.
 
-        `note` is told of the larger tensors that are made on the way.
+        `basis` `[D, D]`, or `[L, 1, H, D, D]` of each head, is what centred states are multiplied by; `dual` is the
+        transpose of its inverse (a rotation's is the rotation): what is to meet states is multiplied by that. `note`
+        is told of the larger tensors that are made on the way.
         """
         self.note = note
         self.dtype = torch.promote_types(dtype, torch.float32)  # of all arithmetic
         self.full_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16  # of 16-bit codes
-        self.rotation = rotation
-        self.centre: torch.Tensor | None = None  # [L, B, H, D]
+        self.basis, self.dual, self.centre = basis, basis if dual is None else dual, centre
 
-    def set_centre(
-        self,
-        states: torch.Tensor,
-        real: torch.Tensor | None = None,
-        layers: slice = slice(None),
-        count: int | None = None,
-    ) -> None:
-        """Fix the centring vectors of the layers `layers` of `count` (default: of all), of which `states` are.
+    def __deepcopy__(self, memo: dict) -> "Codec":
+        if self.per_head:  # the model's, see `Balance`
+            memo |= {id(x): x for x in (self.basis, self.dual)}
+        copied = memo[id(self)] = Codec.__new__(Codec)
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
-        They are a share of the mean of the first `CENTRE_TOKENS` tokens that are no padding; `real` `[B, n]` is False
-        for padding, and None where there is none.
-        """
-        if real is None:
-            states = states[:, :, :, :CENTRE_TOKENS]
-            real = torch.ones(states.shape[1], CENTRE_TOKENS, dtype=torch.bool, device=states.device)
-        weights = (real & (real.cumsum(-1) <= CENTRE_TOKENS)).to(self.dtype)
-        # No matrix product: its last digits depend on how many layers are coded together.
-        weights = weights[None, :, None, :, None]
-        mean = (states.to(self.dtype) * weights).sum(3) / weights.sum(3)
-        if self.centre is None:
-            self.centre = mean.new_zeros(count or len(mean), *mean.shape[1:])
-            self.note(self.centre)
-        self.centre[layers] = CENTRE_SHARE * mean
+    @property
+    def per_head(self) -> bool:
+        """Whether heads have a basis of their own."""
+        return self.basis is not None and self.basis.ndim > 2
 
-    def encode(self, states: torch.Tensor, bits: int, layers: slice = slice(None)) -> Codes:
-        """Codes of the `states` of some layers; 16 bits is half precision as is.
+    def keep_layers(self, count: int) -> None:
+        """Let go of all but the first `count` layers."""
+        if self.per_head:
+            self.basis, self.dual = self.basis[:count], self.dual[:count]
+        if self.centre is not None:
+            self.centre.map(lambda mean: mean[:count].clone())
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        same = self.dual is self.basis
+        self.basis = None if self.basis is None else self.basis.to(device)
+        self.dual = self.basis if same else self.dual.to(device)
+        if self.centre is not None:
+            self.centre.to(device)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor that the cache owns; a balance belongs to the model."""
+        centre = () if self.centre is None else self.centre.tensors()
+        return centre if self.basis is None or self.per_head else (self.basis, *centre)
+
+    def _of(self, matrix: torch.Tensor, layers: int | slice) -> torch.Tensor:
+        return matrix[layers] if self.per_head else matrix
+
+    def encode(self, states: torch.Tensor, bits: int, start: torch.Tensor, layers: slice = slice(None)) -> Codes:
+        """Codes of the `states` of some layers, whose blocks begin at `start` `[1, B, 1, n]`; 16 bits is half
+        precision as is.
 
         Raises `ValueError` for a D that fills no whole bytes.
         """
         bytes_per_vector(states.shape[-1], bits)
         if bits == FULL_WIDTH:
             return self._noted(Codes(bits, states.to(self.full_dtype).contiguous().view(torch.uint8)))
-        return self._quantize(self._turned(states.to(self.dtype), layers), bits)
+        return self._quantize(self._turned(states.to(self.dtype), start, layers), bits)
 
-    def _turned(self, x: torch.Tensor, layers: slice) -> torch.Tensor:
-        """States in the coordinates in which they are quantized: centred and rotated."""
+    def _turned(self, x: torch.Tensor, start: torch.Tensor, layers: slice) -> torch.Tensor:
+        """States in the coordinates in which they are quantized: centred, balanced and rotated."""
         self.note(x)
         if self.centre is not None:
-            x = x - self.centre[layers].unsqueeze(-2)
+            x = x - self.centre.of(start, layers)
             self.note(x)
-        if self.rotation is None:
+        if self.basis is None:
             return x
-        turned = x @ self.rotation
+        turned = x @ self._of(self.basis, layers)
         self.note(turned)
         return turned
 
     def _quantize(self, turned: torch.Tensor, bits: int) -> Codes:
-        return self._noted(Codes(bits, *quantize(turned, bits, self.rotation is not None, self.note)))
+        return self._noted(Codes(bits, *quantize(turned, bits, self.basis is not None, self.note)))
 
     def _noted(self, codes: Codes) -> Codes:
         self.note(codes.codes, *(() if codes.scales is None else (codes.scales,)))
         return codes
+
+    def turned_query(self, query: torch.Tensor, layer: int) -> torch.Tensor:
+        """Grouped queries `[B, H, G, Q, D]` in the coordinates of one layer's stored keys."""
+        dual = self._of(self.dual, layer)
+        return query @ (dual.unsqueeze(-3) if self.per_head else dual)
 
     def read(self, codes: Codes) -> torch.Tensor:
         """The numbers that are stored: at 16 bits the states themselves, below that their centred, rotated form."""
@@ -112,40 +132,53 @@ class Codec:
             return x
         return dequantize(codes.codes, codes.scales, codes.bits, self.dtype, self.note)
 
-    def decode(self, codes: Codes, layer: int | slice = slice(None)) -> torch.Tensor:
+    def decode(self, codes: Codes, start: torch.Tensor, layer: int | slice = slice(None)) -> torch.Tensor:
         """Inverse of `encode` up to its error, for codes of all layers or of one: `[(L,) B, H, n, D]`."""
         x = self.read(codes)
         if codes.bits == FULL_WIDTH:
             return x
-        if self.rotation is not None:
-            back = x @ self.rotation.T
+        if self.basis is not None:
+            back = x @ self._of(self.dual, layer).mT
             self.note(back)
             x = back
-        return x if self.centre is None else x.add_(self.centre[layer].unsqueeze(-2))
+        return x if self.centre is None else x.add_(self.centre.of(start, layer))
 
     def requantize(
-        self, codes: Codes, bits: int, want_error: bool = False, layers: slice = slice(None)
+        self, codes: Codes, bits: int, start: torch.Tensor, want_error: bool = False, layers: slice = slice(None)
     ) -> tuple[Codes, torch.Tensor | None]:
-        """The same vectors at another width and, if wanted, how far each moved: squared error `[L, B, H, n]`."""
+        """The same vectors at another width and, if wanted, how far each moved: squared error `[L, B, H, n]`.
+
+        Balanced keys move in the coordinates in which their errors count alike.
+        """
         if codes.bits == bits:
             return codes, codes.codes.new_zeros(codes.codes.shape[:-1], dtype=self.dtype)
         # Two widths below 16 code the same centred, rotated numbers, in which distances are the same.
         plain = FULL_WIDTH in (codes.bits, bits)
-        before = self.decode(codes, layers) if plain else self.read(codes)
-        coded = self.encode(before, bits, layers) if plain else self._quantize(before, bits)
+        before = self.decode(codes, start, layers) if plain else self.read(codes)
+        coded = self.encode(before, bits, start, layers) if plain else self._quantize(before, bits)
         if not want_error:
             return coded, None
-        after = self.decode(coded, layers) if plain else self.read(coded)
-        return coded, after.sub_(before).square_().sum(-1)
+        after = self.decode(coded, start, layers) if plain else self.read(coded)
+        change = after.sub_(before)
+        change = change @ self._of(self.basis, layers) if plain and self.per_head else change
+        return coded, change.square_().sum(-1)
 
-    def relative_error(self, states: torch.Tensor, bits: int, layers: slice = slice(None)) -> torch.Tensor:
-        """Squared error of storing the `states` of some layers, over their squared length: `[L, B, H, n]`."""
+    def relative_error(
+        self, states: torch.Tensor, bits: int, start: torch.Tensor, layers: slice = slice(None)
+    ) -> torch.Tensor:
+        """Squared error of storing the `states` of some layers, over their squared length: `[L, B, H, n]`.
+
+        Of balanced keys both are taken in the coordinates in which their errors count alike.
+        """
         x = states.to(self.dtype)
         if bits == FULL_WIDTH:
             change = states.to(self.full_dtype).to(self.dtype) - x
         else:
-            turned = self._turned(x, layers)  # where distances are the same
+            turned = self._turned(x, start, layers)  # where distances are the same
             change = self.read(self._quantize(turned, bits)).sub_(turned)
+        if self.per_head:
+            x = x @ self._of(self.basis, layers)
+            change = change @ self._of(self.basis, layers) if bits == FULL_WIDTH else change
         squares = x.square()
         self.note(change, squares)
         return change.square_().sum(-1) / squares.sum(-1).clamp(min=1e-12)
@@ -161,14 +194,41 @@ class Codec:
         return held.sum(dtype=torch.float32)
 
 
-def make_codecs(
-    keys: torch.Tensor, values: torch.Tensor, quantizer: str, note: Callable[..., None] = lambda *tensors: None
-) -> tuple[Codec, Codec]:
-    """Codecs for states like `keys` and `values` `[..., D]`; equal head dimensions share one rotation."""
-    if quantizer == "minmax":
-        return Codec(keys.dtype, note=note), Codec(keys.dtype, note=note)
-    dims = keys.shape[-1], values.shape[-1]
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    rotations = {dim: rotation_matrix(dim).to(keys.device, dtype) for dim in dims}
-    note(*rotations.values())
-    return tuple(Codec(keys.dtype, rotations[dim], note) for dim in dims)
+@dataclass(frozen=True)
+class Coding:
+    """How a cache codes its tokens: what a user chose, and what its model is like."""
+
+    quantizer: str = "rotated"  # or "minmax": neither rotated nor centred nor balanced
+    block: int = 16
+    sinks: int = 0  # first real tokens of a row that stay at 16 bits
+    centre: str = "first"  # of keys; one of `CENTRES`
+    rotary: Rotary | None = None  # how the model turns keys
+    balance: Balance | None = None
+
+    @property
+    def needs_no_tokens(self) -> bool:
+        """Whether tokens can be coded before `CENTRE_TOKENS` are there, to be centred or told from sinks."""
+        return not self.sinks and (self.quantizer == "minmax" or self.centre == "none")
+
+    def codecs(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layers: list[int],
+        note: Callable[..., None] = lambda *tensors: None,
+    ) -> tuple[Codec, Codec]:
+        """Codecs for states like `keys` and `values` `[..., D]` of the `layers`, by number, of a model."""
+        if self.quantizer == "minmax":
+            return Codec(keys.dtype, note=note), Codec(keys.dtype, note=note)
+        dims = keys.shape[-1], values.shape[-1]
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        rotations = {dim: rotation_matrix(dim).to(keys.device, dtype) for dim in dims}
+        note(*rotations.values())
+        turns = (rotations[dims[0]],) * 2
+        if self.balance is not None:
+            turns = self.balance.turns(layers, keys.device, dtype)
+        centre = None
+        if self.centre != "none":
+            rotary = (self.rotary or Rotary()) if self.centre == "rotary" else None
+            centre = Centre(rotary, self.block, self.sinks, note)
+        return Codec(keys.dtype, *turns, centre, note), Codec(keys.dtype, rotations[dims[1]], note=note)

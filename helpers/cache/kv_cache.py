@@ -14,15 +14,19 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from helpers.cache.accounting import Accounting
-from helpers.cache.arguments import check_settings, check_settling, refuse_unsupported, token_widths
+from helpers.cache.arguments import check_settings, check_settling, head_dim, refuse_unsupported, token_widths
+from helpers.cache.balance import Balance
 from helpers.cache.bucket import Stage
-from helpers.cache.codec import CENTRE_TOKENS
+from helpers.cache.centre import CENTRE_TOKENS
+from helpers.cache.codec import Coding
 from helpers.cache.finite import FiniteChecks
 from helpers.cache.layer import PackedLayer, PackedStates
+from helpers.cache.order import places
 from helpers.cache.peak import PeakBytes
 from helpers.cache.plan import Plan, Scores, Step
 from helpers.cache.prompt import ReadsPrompts
 from helpers.cache.quantization import Widths, width_pair
+from helpers.cache.rotary import rotary_of
 from helpers.cache.store import PackedStore
 
 NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles them
@@ -39,6 +43,12 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         block: tokens that are committed together, 1 to 254; a tail of up to `block` tokens stays in full precision.
         quantizer: "rotated" (keys centred, both rotated, 2-bit step searched) or "minmax" (plain per token).
         max_length: slots that a bucket reserves at once; without it buckets grow as needed.
+        sinks: real tokens at the beginning of each row that stay at 16 bits, 0 to 8 (attention leans on them:
+            StreamingLLM, arXiv 2309.17453).
+        centre: what is taken from keys before they are coded: "first" (half the mean of the first 16), "rotary" (the
+            mean of up to 64 un-rotated keys, turned to the middle of each block; gains little on models that rotate
+            neighbouring numbers instead of halves, as GLM does) or "none".
+        balance: linear maps under which errors of keys do least harm, of the model's own `calibrate-keys` file.
 
     Packed attention tells the cache which tokens are padding; with any other attention, padding of left-padded rows
     enters the centring vectors unless `cache.visible` is set to the attention mask (as `PolicyDriver.prefill` does).
@@ -53,13 +63,18 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         block: int = 16,
         quantizer: str = "rotated",
         max_length: int | None = None,
+        sinks: int = 0,
+        centre: str = "first",
+        balance: Balance | None = None,
     ):
         refuse_unsupported(config)
-        check_settings(block, quantizer, max_length)
         self.config = config.get_text_config(decoder=True)
+        check_settings(block, quantizer, max_length, sinks, centre, balance, self.config)
+        rotary = rotary_of(self.config, head_dim(self.config)) if centre == "rotary" else None
+        self.coding = Coding(quantizer, block, sinks, centre, rotary, balance)
         self.plan = None if bits is None else Plan(width_pair(bits))  # what is done by itself, if anything
         self.holds = False  # whether the tokens of a prompt wait at 8 bits for somebody to choose their widths
-        self.block, self.quantizer, self.max_length = block, quantizer, max_length
+        self.block, self.max_length = block, max_length
         self.rows_note = ""  # why rows cannot be reordered
         self.record_variance = self.record_received = self.record_errors = False
         self._clear()
@@ -114,7 +129,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
     def committable(self) -> int:
         """How many of the oldest tail tokens may be committed now: whole blocks, once the centre can be fixed."""
         ready = self.tail_length // self.block * self.block
-        if not ready or self.stores or self.quantizer == "minmax":
+        if not ready or self.stores or self.coding.needs_no_tokens:
             return ready
         # Counted in whole blocks, so that it does not matter in which portions the tokens came.
         real = ready if self.visible is None else int(self._real_tokens()[:, :ready].sum(-1).min())
@@ -213,10 +228,12 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
             return tuple(errors[:, :tokens] for errors in self.held_errors)
         if not self.stores and not self.committable:
             raise ValueError(f"errors are known once {CENTRE_TOKENS} tokens can be centred")
-        parts = []
+        parts, first = [], self.committed + self.held
         for store in self._made_stores():
             sides = zip((store.key, store.value), self._oldest(store.layers, tokens - self.held), strict=True)
-            errors = [codec.relative_error(states, bits) for codec, states in sides]
+            errors = [
+                codec.relative_error(states, bits, places(states, first, self.block)[1]) for codec, states in sides
+            ]
             parts.append([error.transpose(0, 1).flatten(1, 2) for error in errors])  # [B, L * H, n]
         tail = [torch.cat(side, dim=1).mean(1) for side in zip(*parts, strict=True)]
         return tuple(torch.cat(both, dim=1) for both in zip(self.held_errors, tail)) if self.held else tuple(tail)
@@ -241,7 +258,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         stage, goal = Stage(*width_pair(source, "source"), pending=True), width_pair(target, "target")
         check_settling(source, blocks, self.pending_blocks(source), self.block, keep, scores is not None, pending)
         for store in self.stores:
-            store.settle(stage, goal, blocks, keep, scores, pending)
+            store.settle(stage, goal, blocks, (keep, keep), scores, pending)
 
     def pending_blocks(self, bits: Widths) -> int:
         """Number of blocks that wait to be settled at width `bits`."""
@@ -256,17 +273,25 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         for i, layer in enumerate(self.layers):
             groups.setdefault(layer.kind, []).append(i)
         for members in groups.values():
-            store = self._make_store(members)
-            if self.quantizer == "rotated":
-                real = None if self.visible is None else self._real_tokens().to(store.device)
-                tokens = CENTRE_TOKENS if real is None else self.tail_length
-                store.key.set_centre(self._oldest(members, tokens)[0], real, slice(None), len(members))
+            real = None if self.visible is None else self._real_tokens().to(self.layers[members[0]].keys.device)
+            store = self._make_store(members, real)
+            if store.key.centre is not None:
+                tokens = self.tail_length if real is not None else min(self.tail_length, store.key.centre.needed)
+                store.key.centre.fix(self._oldest(members, tokens)[0], real, slice(None), len(members))
+                store.reserve(self.tail_length)
         self.visible = None
         return self.stores
 
-    def _make_store(self, members: list[int]) -> PackedStore:
+    def _make_store(self, members: list[int], real: torch.Tensor | None) -> PackedStore:
+        """A store for the layers `members`; `real` `[B, tokens of the tail]` is False for padding."""
         first = self.layers[members[0]]
-        store = PackedStore(members, first.keys, first.values, self.quantizer, self.max_length, self.peak.note)
+        store = PackedStore(members, first.keys, first.values, self.coding, self.max_length, self.peak.note)
+        if self.coding.sinks:
+            sinks = np.ones((first.keys.shape[0], self.coding.sinks), dtype=bool)
+            if real is not None:
+                real = real.cpu().numpy()
+                sinks = real & (real.cumsum(-1) <= self.coding.sinks)
+            store.sinks = sinks
         self.stores.append(store)
         self.store_of |= {i: (store, at) for at, i in enumerate(members)}
         return store

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
+
 from helpers.cache.bucket import Bucket, Segment, Stage
-from helpers.cache.tokens import SLOT_DIM, PackedTokens, joined
+from helpers.cache.tokens import EMPTY, SLOT_DIM, PackedTokens, joined
 
 
 @dataclass
@@ -38,6 +41,12 @@ class Layout:
         return [(s, segment) for s, bucket in self.buckets.items() for segment in bucket.segments if segment.slots]
 
 
+def leading(gone: np.ndarray) -> int:
+    """How many tokens `gone` `[B, n]` takes from the beginning of every row; 0 where rows differ."""
+    last = int(gone.any(0).nonzero()[0].max(initial=-1)) + 1
+    return last if gone[:, :last].all() else 0
+
+
 @dataclass
 class Run:
     """Consecutive blocks of one size on their way from one stage to the next."""
@@ -50,6 +59,32 @@ class Run:
     @property
     def blocks(self) -> int:
         return self.tokens.token.shape[SLOT_DIM] // self.size
+
+    def without(self, gone: np.ndarray) -> "Run":
+        """The same slots, of which those in `gone` `[B, up to n]` are `EMPTY`."""
+        if not gone.any():
+            return self
+        token = self.tokens.token.clone()
+        token[..., : gone.shape[1]].masked_fill_(torch.as_tensor(gone, device=token.device)[None, :, None], EMPTY)
+        return replace(self, tokens=replace(self.tokens, token=token), ragged=True)
+
+    def parted(self, gone: np.ndarray) -> "list[Run]":
+        """The same blocks without the tokens in `gone` `[B, up to n]`, as runs.
+
+        Where these are the first of every row no slot is `EMPTY`: what is left of their last block is a shorter one.
+        """
+        last = leading(gone)
+        done = -(-(last or int(gone.any(0).nonzero()[0].max()) + 1) // self.size)  # blocks that are touched
+        if not last:
+            touched = self.part(0, done).without(gone[:, : done * self.size])
+        elif last < done * self.size:
+            rest = self.part(done - 1, done)
+            cut = last - (done - 1) * self.size
+            tokens = rest.tokens.map(lambda x: x[:, :, :, cut:])
+            touched = Run(tokens, rest.first + cut, self.size - cut, self.ragged)
+        else:
+            touched = None
+        return [run for run in (touched, self.part(done, self.blocks)) if run is not None and run.blocks]
 
     def part(self, start: int, stop: int) -> "Run":
         """The blocks from number `start` up to `stop`."""

@@ -16,25 +16,36 @@ from helpers.cache.quantization import Widths, check_width, width_pair
 class Step:
     """Once `after` blocks came later, a block moves to `bits` (keys, values); each head leaves its best `keep` share.
 
-    Only the last step of a schedule may keep tokens: it settles the block.
+    `keep` is one share, or one of keys and one of values: the same ranking serves both, so that of the tokens of the
+    larger share the best leave the other side as it is too. Only the last step of a schedule may keep tokens: it
+    settles the block.
     """
 
     after: int
     bits: Widths
-    keep: float = 0.0
+    keep: float | tuple[float, float] = 0.0
 
     def __post_init__(self):
         for bits in self.bits if isinstance(self.bits, tuple) else (self.bits,):
             check_width(bits)
         if self.after < 1:
             raise ValueError(f"after must be a number of blocks, 1 or more, got {self.after}")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep must be a share between 0 and 1, got {self.keep}")
+        if len(self.shares) != 2 or not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"keep must be a share between 0 and 1, or one of keys and one of values, got {self.keep}")
 
     @property
     def pair(self) -> tuple[int, int]:
         """Key bits and value bits."""
         return width_pair(self.bits)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The share of keys and of values that stay as they are."""
+        return self.keep if isinstance(self.keep, tuple) else (self.keep, self.keep)
+
+    def kept(self, block: int) -> tuple[int, int]:
+        """How many keys and how many values of a block of `block` tokens each head leaves as they are."""
+        return tuple(round(share * block) for share in self.shares)
 
 
 @dataclass

@@ -6,8 +6,9 @@ the next layer's keys exist, so that one or two layers stand in full precision, 
 
 import torch
 
-from helpers.cache.codec import CENTRE_TOKENS, Codec
+from helpers.cache.codec import Codec
 from helpers.cache.layer import PackedLayer
+from helpers.cache.order import places
 from helpers.cache.plan import Plan
 from helpers.cache.store import PORTION, PackedStore
 
@@ -34,6 +35,8 @@ class ReadsPrompts:
     def _begin_forward(self, tokens: int) -> None:
         self._expect_whole()
         self.end_forward()
+        for store in self.stores:
+            store.reserve(self.layers[0].get_seq_length() + tokens)
         self.hands_out_packed = self.reads_packed  # asked once a forward: reading a configuration is slow
         if self.plan is not None:
             self.commit_ready()
@@ -70,7 +73,7 @@ class ReadsPrompts:
         if self.record_received and self.plan is not None and self.plan.steps:
             received = layer.tail_received(self.coming)[None]
         if self.plan is None and self.record_errors:
-            self._note_errors((store.key, store.value), at, [keys, values])
+            self._note_errors((store.key, store.value), at, [keys, values], first)
         total = store.commit(keys, values, first, self.block, self.plan, received=received, layer=at)
         self._expect_finite(total, first, self.coming)
         layer.drop_front(self.coming)
@@ -95,11 +98,13 @@ class ReadsPrompts:
             self._errors = []
         self.checks.read()
 
-    def _note_errors(self, codecs: tuple[Codec, Codec], at: int, states: list[torch.Tensor]) -> None:
+    def _note_errors(self, codecs: tuple[Codec, Codec], at: int, states: list[torch.Tensor], first: int) -> None:
         """Add what the tokens of one layer of a prompt would lose at 2 bits to the sums over its heads."""
         sums = []
         for codec, x in zip(codecs, states, strict=True):
-            parts = [codec.relative_error(part, 2, slice(at, at + 1))[0].sum(1) for part in x.split(PORTION, dim=3)]
+            _, starts = places(x, first, self.block)
+            portions = zip(x.split(PORTION, dim=3), starts.split(PORTION, dim=3), strict=True)
+            parts = [codec.relative_error(part, 2, start, slice(at, at + 1))[0].sum(1) for part, start in portions]
             sums.append(torch.cat(parts, dim=1))
         self._errors = [x + y.to(x.device) for x, y in zip(self._errors, sums, strict=True)] if self._errors else sums
 
@@ -114,11 +119,13 @@ class ReadsPrompts:
             if self.layers[store.layers[0]].kind != layer.kind:
                 members = store.layers[at:]
                 store.keep_layers(at)
-                store, at = self._make_store(members), 0
+                store, at = self._make_store(members, self._real), 0
         else:
-            store, at = self._make_store(list(range(layer_idx, len(self.layers)))), 0
-        if self.quantizer == "rotated" and not layer.packed_length:
+            store, at = self._make_store(list(range(layer_idx, len(self.layers))), self._real), 0
+        if store.key.centre is not None and not layer.packed_length:
             real = None if self._real is None else self._real.to(store.device)
-            tokens = CENTRE_TOKENS if real is None else real.shape[1]
-            store.key.set_centre(layer.keys[None, :, :, :tokens], real, slice(at, at + 1), len(store.layers))
+            tokens = layer.tail_length if real is None else real.shape[1]
+            tokens = min(tokens, store.key.centre.needed) if real is None else tokens
+            store.key.centre.fix(layer.keys[None, :, :, :tokens], real, slice(at, at + 1), len(store.layers))
+            store.reserve(layer.tail_length)
         return store, at

@@ -107,7 +107,7 @@ class LearnedSchedule(Schedule, LearnedController):
 
     @property
     def name(self) -> str:
-        return f"{self.movement}, best {self.keep:.0%} by learned score"
+        return f"{self.movement}, {self.kept} by learned score"
 
     @torch.no_grad()
     def scores(self, demotion: Demotion) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Schedule(Policy):
         ages = [step.after for step in self.steps]
         if ages != sorted(set(ages)):
             raise ValueError(f"the steps of a schedule must come at rising ages, got {ages}")
-        if any(step.keep for step in self.steps[:-1]):
+        if any(any(step.shares) for step in self.steps[:-1]):
             raise ValueError("only the last step of a schedule may keep tokens")
 
     @property
@@ -49,17 +49,23 @@ class Schedule(Policy):
         return f"{widths} @{','.join(str(step.after) for step in self.steps)}"
 
     @property
-    def keep(self) -> float:
-        """The share of each block that every head keeps."""
-        return self.steps[-1].keep
+    def keeps(self) -> bool:
+        """Whether heads keep some tokens of each block, so that something has to rank them."""
+        return any(self.steps[-1].shares)
+
+    @property
+    def kept(self) -> str:
+        """`best 25%`, or `best K25% V50%` where keys and values keep shares of their own."""
+        keys, values = self.steps[-1].shares
+        return f"best {keys:.0%}" if keys == values else f"best K{keys:.0%} V{values:.0%}"
 
     @property
     def needs_received(self) -> bool:
-        return self.keep > 0
+        return self.keeps
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.commit, self.steps, self.scores if self.keep else None)
+        return Plan(self.commit, self.steps, self.scores if self.keeps else None)
 
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> Widths:
         return self.commit
@@ -84,11 +90,11 @@ class AgeSchedule(Schedule):
 
     @property
     def name(self) -> str:
-        return self.movement + (f", best {self.keep:.0%} by {self.ranking}" if self.keep else "")
+        return self.movement + (f", {self.kept} by {self.ranking}" if self.keeps else "")
 
     @property
     def needs_received(self) -> bool:
-        return self.keep > 0 and self.ranking != "random"
+        return self.keeps and self.ranking != "random"
 
     def for_text(self, text: int) -> "AgeSchedule":
         """A copy whose random ranking belongs to text number `text`."""

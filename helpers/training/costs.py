@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from helpers.cache import WIDTHS
-from helpers.cache.codec import CENTRE_TOKENS
+from helpers.cache.centre import CENTRE_TOKENS
 from helpers.io import provenance, read_keyed, write_keyed, write_table
 from helpers.models import fingerprint
 from helpers.policies.features import log_probabilities, surprisal_of

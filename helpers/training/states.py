@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from helpers.cache.codec import CENTRE_TOKENS, Codec, make_codecs
+from helpers.cache.centre import CENTRE_TOKENS
+from helpers.cache.codec import Codec, Coding
+from helpers.cache.order import places
 from helpers.cache.quantization import Widths, width_pair
 
 
@@ -14,6 +16,7 @@ class TextStates:
     """Keys and values `[L, 1, H, T, D]` of one text in full precision, each with the codec that stores them."""
 
     sides: tuple[tuple[torch.Tensor, Codec], tuple[torch.Tensor, Codec]]  # of keys, of values
+    block: int
 
     @property
     def full(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,11 +26,19 @@ class TextStates:
     def stored(self, bits: Widths) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as they come back from storage at `bits`, or at (key bits, value bits)."""
         pairs = zip(self.sides, width_pair(bits))
-        return tuple(codec.decode(codec.encode(states, width)).to(states.dtype) for (states, codec), width in pairs)
+        start = self._start
+        return tuple(
+            codec.decode(codec.encode(states, width, start), start).to(states.dtype) for (states, codec), width in pairs
+        )
 
     def relative_errors(self, bits: int) -> list[torch.Tensor]:
         """Squared errors of keys and values stored at `bits` over their squared lengths, `[L, 1, H, T]` each."""
-        return [codec.relative_error(states, bits) for states, codec in self.sides]
+        return [codec.relative_error(states, bits, self._start) for states, codec in self.sides]
+
+    @property
+    def _start(self) -> torch.Tensor:
+        """Where each token's block begins."""
+        return places(self.sides[0][0], 0, self.block)[1]
 
 
 def text_states(cache: Cache) -> TextStates:
@@ -41,6 +52,8 @@ def text_states(cache: Cache) -> TextStates:
     if keys[0].shape[2] < CENTRE_TOKENS:
         raise ValueError(f"a text needs {CENTRE_TOKENS} tokens or more, got {keys[0].shape[2]}")
     keys, values = torch.stack(keys), torch.stack(values)
-    key_codec, value_codec = make_codecs(keys, values, "rotated")
-    key_codec.set_centre(keys, None, slice(None), len(keys))
-    return TextStates(((keys, key_codec), (values, value_codec)))
+    coding = Coding()
+    key_codec, value_codec = coding.codecs(keys, values, list(range(len(keys))))
+    key_codec.centre.fix(keys)
+    key_codec.centre.reserve(keys.shape[3])
+    return TextStates(((keys, key_codec), (values, value_codec)), coding.block)

@@ -133,13 +133,25 @@ def _make_plan(store: PackedStore, layout: Layout, heads: int, threads: int) -> 
     parameters[kernel.TASK_STARTS], parameters[kernel.PACKED_TASKS] = task_starts.ctypes.data, len(starts)
     parameters[kernel.BFLOAT] = int(store.key.full_dtype == torch.bfloat16)
     parameters[kernel.PENDING] = pending
-    rotations = store.key.rotation, store.value.rotation
-    if rotations[0] is not None:
-        parameters[kernel.KEY_ROTATION], parameters[kernel.VALUE_ROTATION] = (x.data_ptr() for x in rotations)
-        parameters[kernel.CENTRE] = store.key.centre.data_ptr()
-        dims = [len(matrix) for matrix in rotations]
-        parameters[kernel.HADAMARD] = int(all(dim >= 4 and dim & (dim - 1) == 0 for dim in dims))
+    if store.key.basis is not None:
+        parameters[kernel.KEY_ROTATION], parameters[kernel.VALUE_ROTATION] = (
+            x.data_ptr() for x in (store.key.dual, store.value.basis)
+        )
+        parameters[kernel.KEY_HEAD] = store.key.dual.shape[-1] ** 2 if store.key.per_head else 0
+        parameters[kernel.KEY_HADAMARD] = int(not store.key.per_head and _is_hadamard(store.key.dual))
+        parameters[kernel.VALUE_HADAMARD] = int(_is_hadamard(store.value.basis))
+    if (centre := store.key.centre) is not None:
+        parameters[kernel.CENTRE] = centre.mean.data_ptr()
+        if centre.turns:
+            parameters[kernel.PHASES] = centre.phases.data_ptr()
+            parameters[kernel.PAIRS], parameters[kernel.CELL] = centre.rotary.pairs, centre.cell
     return _Plan(table, task_starts, parameters, pending, slots, piece)
+
+
+def _is_hadamard(rotation: torch.Tensor) -> bool:
+    """Whether `quantization.rotation_matrix` made a Hadamard matrix with signs, large enough for its fast form."""
+    dim = len(rotation)
+    return dim >= 4 and dim & (dim - 1) == 0
 
 
 def _make_call(plan: _Plan, key: tuple, kv_heads: int, dim: int, value_dim: int) -> _Call:

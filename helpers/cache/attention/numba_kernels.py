@@ -296,9 +296,10 @@ def _floats(address, count):
     LAYER, ROWS, HEADS, GROUPS, QUERIES, DIM, VALUE_DIM, TAIL, PIECE_SIZE, BFLOAT, SCALING,
     QUERY, QUERY_ROW, QUERY_HEAD, QUERY_TOKEN,
     TAIL_KEYS, TAIL_KEYS_ROW, TAIL_KEYS_HEAD, TAIL_VALUES, TAIL_VALUES_ROW, TAIL_VALUES_HEAD,
-    KEY_ROTATION, VALUE_ROTATION, CENTRE, BIAS, BIAS_ROW, BIAS_QUERY, BIAS_TOKENS,
-    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, HADAMARD, PARAMETERS,
-) = range(41)  # fmt: skip
+    KEY_ROTATION, KEY_HADAMARD, KEY_HEAD, VALUE_ROTATION, VALUE_HADAMARD,
+    CENTRE, PHASES, PAIRS, CELL, BIAS, BIAS_ROW, BIAS_QUERY, BIAS_TOKENS,
+    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, PARAMETERS,
+) = range(46)  # fmt: skip
 
 
 STATS = 4  # maximum, sum, sum of squares and number of visible tokens, before a partial result
@@ -307,7 +308,7 @@ STATS = 4  # maximum, sum, sum of squares and number of visible tokens, before a
 @_compiled
 def scratch_size(rows, dim, value_dim):
     """float32 numbers that one thread works in."""
-    return rows * (2 * dim + value_dim + TILE + 8) + TILE * (max(dim, value_dim) + 8)
+    return rows * (3 * dim + value_dim + 2 * TILE + 8) + TILE * (max(dim, value_dim) + 8)
 
 
 @_compiled
@@ -350,14 +351,19 @@ def _attend(p, table, head, piece, pieces, scratch):
     turned = carray(_address(scratch + 4 * rows * dim), (rows, dim), np.float32)
     scores = carray(_address(scratch + 4 * rows * 2 * dim), (rows, TILE), np.float32)
     totals = carray(_address(scratch + 4 * rows * (2 * dim + TILE)), (rows, 8), np.float32)
-    base = scratch + 4 * rows * (2 * dim + TILE + 8)
+    products = carray(_address(scratch + 4 * rows * (2 * dim + TILE + 8)), (rows, dim), np.float32)
+    offsets = carray(_address(scratch + 4 * rows * (3 * dim + TILE + 8)), (rows, TILE), np.float32)
+    base = scratch + 4 * rows * (3 * dim + 2 * TILE + 8)
     scale = _floats(base + 4 * TILE * wide, TILE)
     zero = _floats(base + 4 * TILE * (wide + 1), TILE)
     place = p[PARTIALS] + 4 * (head * pieces + piece) * rows * (STATS + value_dim)
     weighted = carray(_address(place), (rows, value_dim), np.float32)
     stats = carray(_address(place + 4 * rows * value_dim), (rows, STATS), np.float32)
     scaling = carray(_address(p[SCALING]), (1,), np.float32)[0]
-    turn = coded and p[KEY_ROTATION] != 0
+    place0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
+    centred = coded and p[CENTRE] != 0
+    moving = centred and p[PAIRS] > 0
+    phase_start = np.int32(-1)
 
     for r in range(rows):
         g, q = r // queries, r % queries
@@ -369,12 +375,12 @@ def _attend(p, table, head, piece, pieces, scratch):
             query[r, j] = source[j]
             total += source[j]
         offset = np.float32(0)
-        if turn:
-            rotation = carray(_address(p[KEY_ROTATION]), (dim, dim), np.float32)
-            centre = _floats(p[CENTRE] + 4 * ((p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head) * dim, dim)
+        if coded and p[KEY_ROTATION] != 0:
+            matrix = (p[LAYER] * p[HEADS] + kv_head) * p[KEY_HEAD]
+            rotation = carray(_address(p[KEY_ROTATION] + 4 * matrix), (dim, dim), np.float32)
             for j in range(dim):
-                turned[r, j] = source[j] * rotation[j, 0] if p[HADAMARD] else np.float32(0)
-            if p[HADAMARD]:
+                turned[r, j] = source[j] * rotation[j, 0] if p[KEY_HADAMARD] else np.float32(0)
+            if p[KEY_HADAMARD]:
                 _hadamard(turned[r])
             else:
                 for i in range(dim):
@@ -383,8 +389,19 @@ def _attend(p, table, head, piece, pieces, scratch):
             total = np.float32(0)
             for j in range(dim):
                 total += turned[r, j]
-                offset += source[j] * centre[j]
                 query[r, j] = turned[r, j]
+        if moving:  # what the phases of a block are multiplied by, see `Rotary.products`
+            centre = _floats(p[CENTRE] + 4 * place0 * dim, dim)
+            pairs = p[PAIRS]
+            for j in range(pairs):
+                products[r, j] = source[j] * centre[j] + source[pairs + j] * centre[pairs + j]
+                products[r, pairs + j] = source[pairs + j] * centre[j] - source[j] * centre[pairs + j]
+            for j in range(2 * pairs, dim):
+                products[r, j] = source[j] * centre[j]
+        elif centred:
+            centre = _floats(p[CENTRE] + 4 * place0 * dim, dim)
+            for j in range(dim):
+                offset += source[j] * centre[j]
         totals[r, 0] = total
         totals[r, 1] = offset
         totals[r, 2] = np.float32(-np.inf)  # maximum so far
@@ -395,7 +412,6 @@ def _attend(p, table, head, piece, pieces, scratch):
         for j in range(value_dim):
             weighted[r, j] = np.float32(0)
 
-    place0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
     tail_at = p[BIAS_TOKENS] - p[TAIL]
     while entry < end:
         if in_tail:
@@ -436,12 +452,28 @@ def _attend(p, table, head, piece, pieces, scratch):
                         scale[t] = _half(halves[t, 0])
                         zero[t] = _half(halves[t, 1])
             hides = p[BIAS] != 0 or ragged
-            if not in_tail and hides:
+            if not in_tail and (hides or moving):
                 tokens = carray(_address(table[entry, TOKEN] + slot), (n,), np.uint8)
                 starts = carray(_address(table[entry, BLOCK_START] + 4 * (positions0 + at)), (n,), np.int32)
+            if moving:
+                for t in range(n):
+                    if starts[t] != phase_start:  # the tokens of a block lie together
+                        phase_start = starts[t]
+                        phase = _floats(p[PHASES] + 4 * (phase_start // p[CELL]) * dim, dim)
+                        for r in range(rows):
+                            offset = np.float32(0)
+                            for j in range(dim):
+                                offset += products[r, j] * phase[j]
+                            totals[r, 1] = offset
+                    for r in range(rows):
+                        offsets[r, t] = totals[r, 1]
             for r in range(rows):
                 q = r % queries
-                if coded:
+                if moving:
+                    total = totals[r, 0]
+                    for t in range(n):
+                        scores[r, t] = (scores[r, t] * scale[t] + zero[t] * total + offsets[r, t]) * scaling
+                elif coded:
                     total, offset = totals[r, 0], totals[r, 1]
                     for t in range(n):
                         scores[r, t] = (scores[r, t] * scale[t] + zero[t] * total + offset) * scaling
@@ -571,7 +603,7 @@ def _combine(p, table, head, pieces, scratch):
                     out[j] += weight * part[j]
         if p[VALUE_ROTATION]:
             rotation = carray(_address(p[VALUE_ROTATION]), (value_dim, value_dim), np.float32)
-            if p[HADAMARD]:
+            if p[VALUE_HADAMARD]:
                 _hadamard(turned)
                 for j in range(value_dim):
                     out[j] += turned[j] * rotation[j, 0]

@@ -1,8 +1,9 @@
 """Packed attention in plain PyTorch: the definition that the fast implementations are held to.
 
-Keys are stored as `(k - c) R`, values as `v R`. A query sees keys as `q k = (q R) ((k - c) R) + q c`, and the output is
-`sum p v = (sum p (v R)) R^T`. So the query is rotated once and the output rotated back once, and packed tokens are
-read in the order in which they lie: softmax does not depend on it.
+Keys are stored as `(k - c) E`, values as `v R`. A query sees keys as `q k = (q F) ((k - c) E) + q c`, F the transposed
+inverse of E (both are R where keys are not balanced), and the output is `sum p v = (sum p (v R)) R^T`. So the query is
+turned once and the output turned back once, and packed tokens are read in the order in which they lie: softmax does not
+depend on it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from helpers.cache.attention.received import record_tail_received
 from helpers.cache.attention.variance import row_variance
 from helpers.cache.attention.weights import apply_mask, future_keys, grouped_mask
-from helpers.cache.codec import Codec, Codes
+from helpers.cache.codec import Codec
 from helpers.cache.layer import PackedStates
 from helpers.cache.quantization import FULL_WIDTH
 from helpers.cache.tokens import EMPTY, PackedTokens
@@ -42,7 +43,7 @@ def packed_attention(
     held = [segment.used(layer) for segment in segments]
 
     scores = []
-    packed = _packed_scores(q, store.key, [tokens.key for tokens in held], layer)
+    packed = _packed_scores(q, store.key, held, layer)
     for segment, tokens, part in zip(segments, held, packed, strict=True):
         part = part * scaling
         if mask is not None:
@@ -72,15 +73,17 @@ def packed_attention(
     return output.flatten(1, 2).to(query.dtype), variance
 
 
-def _packed_scores(q: torch.Tensor, codec: Codec, keys: list[Codes], layer: int) -> Iterator[torch.Tensor]:
-    """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of each bucket."""
-    if codec.rotation is not None:
-        rotated = q @ codec.rotation
-        centred = (q * codec.centre[layer][:, :, None, None]).sum(-1, keepdim=True)
-    for codes in keys:
-        stored = codec.read(codes)[:, :, None].mT
-        plain = codes.bits == FULL_WIDTH or codec.rotation is None
-        yield q @ stored if plain else rotated @ stored + centred
+def _packed_scores(q: torch.Tensor, codec: Codec, held: list[PackedTokens], layer: int) -> Iterator[torch.Tensor]:
+    """Unscaled scores `[B, H, G, Q, slots]` of grouped queries against the keys of each segment."""
+    turned = q if codec.basis is None else codec.turned_query(q, layer)
+    for tokens in held:
+        stored = codec.read(tokens.key)[:, :, None].mT
+        if tokens.key.bits == FULL_WIDTH:
+            yield q @ stored
+        elif codec.centre is None:
+            yield turned @ stored
+        else:
+            yield turned @ stored + codec.centre.scores(q, tokens.block_start, layer)
 
 
 def _weighted_values(weights: torch.Tensor, states: PackedStates, held: list[PackedTokens]) -> torch.Tensor:
@@ -91,11 +94,11 @@ def _weighted_values(weights: torch.Tensor, states: PackedStates, held: list[Pac
         part = weights[..., at : at + tokens.token.shape[-1]]
         at += part.shape[-1]
         weighted = part @ codec.read(tokens.value)[:, :, None]
-        if tokens.value.bits == FULL_WIDTH or codec.rotation is None:
+        if tokens.value.bits == FULL_WIDTH or codec.basis is None:
             plain = plain + weighted
         else:
             rotated = rotated + weighted
         if tokens.received is not None:
             tokens.received.add_(part.sum((2, 3)))
     output = plain + weights[..., at:] @ states.tail_values.to(codec.dtype)[:, :, None]
-    return output + rotated @ codec.rotation.T if isinstance(rotated, torch.Tensor) else output
+    return output + rotated @ codec.basis.T if isinstance(rotated, torch.Tensor) else output

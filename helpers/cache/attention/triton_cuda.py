@@ -45,6 +45,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+LAST_POSITION = 2**31 - 1
 COLUMNS = tl.constexpr(len(_COLUMNS) + 2)  # a row is one line of the device's cache
 STAGE, RAGGED, FIRST, STOP, START, CAPACITY, PENDING_AT = (tl.constexpr(i) for i in range(7))
 KEY_CODES, KEY_SCALES, VALUE_CODES, VALUE_SCALES, TOKEN, BLOCK_START, RECEIVED = (tl.constexpr(i) for i in range(7, 14))
@@ -62,7 +63,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # scores are exponents of 2
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Numbers that change from call to call: a kernel compiled for a special value of one would be compiled again and again.
 _ATTEND_NUMBERS = [
-    "layer", "kv_heads", "groups", "queries", "committed", "tail", "piece_tokens", "pending", "scaling", "hidden",
+    "key_head", "cells", "cell", "layer", "kv_heads", "groups", "queries", "committed", "tail", "piece_tokens",
+    "pending", "scaling", "hidden",
     "query_row", "query_head", "query_token", "keys_row", "keys_head", "values_row", "values_head",
     "mask_row", "mask_head", "mask_query", "mask_tokens",
 ]  # fmt: skip
@@ -173,14 +175,16 @@ def _turned_query(query, rotation, D: tl.constexpr, FIRST_ENTRY: tl.constexpr, W
 @triton.jit
 def _piece(
     keys, values, key_scales, value_scales, tokens, starts, ragged, first, stop,
-    query, row, rotation, centre, mask, mask_tokens, mask_from, hidden, kept, pending_at, causal_from, factor, partial,
+    query, row, rotation, offsets, cell, mask, mask_tokens, mask_from, hidden, kept, pending_at, causal_from, factor,
+    partial,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     TILE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Slots `first` to `stop` of one head: maximum, sums and weighted values of one query row or of several.
 
-    `query`, `mask`, `kept`, `causal_from` and `partial` are of one row, or of each `[rows, 1]`; `row` says which of
-    these exist. One row keeps a maximum for each slot of a tile, so that threads meet only at the end.
+    `query`, `offsets`, `mask`, `kept`, `causal_from` and `partial` are of one row, or of each `[rows, 1]`; `row` says
+    which of these exist. `offsets` is what the centre of each cell of `cell` tokens gives a row. One row keeps a
+    maximum for each slot of a tile, so that threads meet only at the end.
     """
     KEY_PLANES: tl.constexpr = 8 // KEY_BITS if KEY_BITS != FULL else 1
     VALUE_PLANES: tl.constexpr = 8 // VALUE_BITS if VALUE_BITS != FULL else 1
@@ -190,29 +194,21 @@ def _piece(
     KEY_PADDED: tl.constexpr = max(LEAST, triton.next_power_of_2(KEY_WIDTH))
     VALUE_PADDED: tl.constexpr = max(LEAST, triton.next_power_of_2(VALUE_WIDTH))
 
-    # The query in the planes of the codes, the sum of its entries for the zeros, what it gives the centre.
+    # The query in the planes of the codes, and the sum of its entries for the zeros.
     planes = ()
     if KEY_BITS == FULL:
         planes = planes + (_plain_query(query, 0, D, KEY_PADDED, DOT) * factor,)
     else:
         sums = 0.0
-        offset = 0.0
         for i in tl.static_range(KEY_PLANES):
             if rotation is None:
                 plane = _plain_query(query, i * KEY_WIDTH, KEY_WIDTH, KEY_PADDED, DOT) * factor
             else:
                 plane = _turned_query(query, rotation, D, i * KEY_WIDTH, KEY_WIDTH, KEY_PADDED, DOT) * factor
-                plain = _plain_query(query, i * KEY_WIDTH, KEY_WIDTH, KEY_PADDED, DOT) * factor
-                middle = _plain_query(centre, i * KEY_WIDTH, KEY_WIDTH, KEY_PADDED, False)
-                if DOT:
-                    middle = middle[None, :]
-                offset += tl.sum(plain * middle, -1)
             sums += tl.sum(plane, -1)
             planes = planes + (plane * (1.0 / (1 << (KEY_BITS * i))),)
         if DOT:
             sums = sums[:, None]
-            if rotation is not None:
-                offset = offset[:, None]
 
     top = tl.full([query.shape[0]], float("-inf"), tl.float32) if DOT else tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros_like(top)
@@ -253,7 +249,10 @@ def _piece(
             scores = tl.sum(products, 1)
         if KEY_BITS != FULL:
             scale, zero = _scale_and_zero(key_pair, DOT)
-            scores = scores * scale + (zero * sums + offset)
+            scores = scores * scale + zero * sums
+            if offsets is not None:
+                place = tl.load(starts + t, mask=inside, other=0) // cell
+                scores += tl.load(offsets + place, mask=known, other=0) * factor
 
         visible = inside
         if TAIL:
@@ -350,7 +349,7 @@ def _field(table, column, vector, TYPE: tl.constexpr, NUMBERS: tl.constexpr):
 
 @triton.jit
 def _stored_piece(
-    table, layer, head, b, query, row, rotation, centre, mask, mask_tokens, hidden, scores, factor, partial,
+    table, layer, head, b, query, row, rotation, offsets, cell, mask, mask_tokens, hidden, scores, factor, partial,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILE: tl.constexpr,
     FULL_TYPE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -363,8 +362,6 @@ def _stored_piece(
     start = tl.load(table + START)
     layer_head = layer.to(tl.int64) * tl.num_programs(1) + head
     slot = layer_head * capacity + start
-    if centre is not None:
-        centre += layer_head * D
     _piece(
         _field(table, KEY_CODES, slot, KEY_TYPE, KEY_NUMBERS),
         _field(table, VALUE_CODES, slot, VALUE_TYPE, VALUE_NUMBERS),
@@ -373,16 +370,16 @@ def _stored_piece(
         _field(table, TOKEN, slot, tl.uint8, 1),
         _field(table, BLOCK_START, b * capacity + start, tl.int32, 1),
         tl.load(table + RAGGED), tl.load(table + FIRST).to(tl.int32), tl.load(table + STOP).to(tl.int32),
-        query, row, rotation, centre, mask, mask_tokens, 0, hidden, scores, tl.load(table + PENDING_AT).to(tl.int32),
-        0, factor, partial,
+        query, row, rotation, offsets, cell, mask, mask_tokens, 0, hidden, scores,
+        tl.load(table + PENDING_AT).to(tl.int32), 0, factor, partial,
         KEY_BITS, VALUE_BITS, False, D, DV, TILE, BOOL, DOT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ATTEND_NUMBERS)
 def _attend(
-    table, query, tail_keys, tail_values, key_rotation, centre, mask, scores, partials,
-    layer, kv_heads, groups, queries, committed, tail, piece_tokens, pending, scaling, hidden,
+    table, query, tail_keys, tail_values, key_rotation, offsets, mask, scores, partials,
+    key_head, cells, cell, layer, kv_heads, groups, queries, committed, tail, piece_tokens, pending, scaling, hidden,
     query_row, query_head, query_token, keys_row, keys_head, values_row, values_head,
     mask_row, mask_head, mask_query, mask_tokens,
     STAGES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
@@ -410,6 +407,10 @@ def _attend(
         mask += b * mask_row + query_head_index * mask_head + newest * mask_query
     if scores is not None:
         scores += (head.to(tl.int64) * grouped + r) * pending
+    if offsets is not None:
+        offsets += (head.to(tl.int64) * grouped + r) * cells
+    if key_rotation is not None:
+        key_rotation += (layer * kv_heads + h) * key_head
     factor = scaling * LOG2E
 
     if piece >= committed:
@@ -420,7 +421,7 @@ def _attend(
             tl.multiple_of(tail_keys + (b * keys_row + h * keys_head) * D, _alignment(D * BYTES)),
             tl.multiple_of(tail_values + (b * values_row + h * values_head) * DV, _alignment(DV * BYTES)),
             None, None, None, None, 0, first, stop,
-            query, row, None, None, mask, mask_tokens, mask_tokens - tail, hidden, None, 0,
+            query, row, None, None, 1, mask, mask_tokens, mask_tokens - tail, hidden, None, 0,
             tail - queries + newest + 1, factor, partial,
             FULL, FULL, True, D, DV, TILE, BOOL, DOT,
         )  # fmt: skip
@@ -430,8 +431,8 @@ def _attend(
         for i in tl.static_range(len(STAGES)):
             if stage == i:
                 _stored_piece(
-                    table, layer, head, b, query, row, key_rotation, centre, mask, mask_tokens, hidden, scores, factor,
-                    partial, STAGES[i][0], STAGES[i][1], D, DV, TILE, FULL_TYPE, BOOL, DOT,
+                    table, layer, head, b, query, row, key_rotation, offsets, cell, mask, mask_tokens, hidden, scores,
+                    factor, partial, STAGES[i][0], STAGES[i][1], D, DV, TILE, FULL_TYPE, BOOL, DOT,
                 )  # fmt: skip
 
 
@@ -599,10 +600,9 @@ class _Plan:
     turned: int  # of these, the first ones, whose values are rotated
     pending_pieces: int
     pending: int  # slots whose received attention is recorded
-    # The store's, as rows that lie one after another, which theirs need not; that of keys is transposed.
+    # The store's, as rows that lie one after another, which theirs need not; that of queries is transposed.
     key_rotation: torch.Tensor | None
     value_rotation: torch.Tensor | None
-    centre: torch.Tensor | None
 
 
 @lru_cache
@@ -624,7 +624,7 @@ def _plan(store: PackedStore, layout: Layout, heads: int) -> _Plan:
         # Equal widths are always compiled, so that a policy that comes to use one does not wait for it.
         stages = tuple(sorted({(b, b) for b in WIDTHS} | {(stage.key_bits, stage.value_bits) for stage, _ in segments}))
         rows, waiting, turned, pending = [], [], 0, 0
-        rotates = store.value.rotation is not None
+        rotates = store.value.basis is not None
         for stage, segment in segments:
             tensors, recorded = segment.buffers.named(), segment.buffers.received is not None
             fixed = [0, segment.capacity, pending if recorded else -1]
@@ -638,8 +638,8 @@ def _plan(store: PackedStore, layout: Layout, heads: int) -> _Plan:
                     waiting.append(rows[-1])
             pending += segment.slots if recorded else 0
         table = torch.from_numpy(np.array(rows + waiting, dtype=np.int64)).to(store.device, non_blocking=True)
-        own = (store.key.rotation.T, store.value.rotation, store.key.centre) if rotates else ()
-        own = [matrix.contiguous() for matrix in own] or [None] * 3
+        own = (store.key.dual.mT, store.value.basis) if rotates else ()
+        own = [matrix.contiguous() for matrix in own] or [None] * 2
         plan = _Plan(table, stages, piece_tokens, len(rows), turned, len(waiting), pending, *own)
         layout.derived["triton"] = plan
     return plan
@@ -678,10 +678,16 @@ def packed_attention(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask_strides = mask.expand(rows, heads, -1, -1).stride()
         mask = mask.view(torch.uint8) if boolean else mask
+    offsets, centre = None, store.key.centre
+    if centre is not None:
+        grouped_query = query.float().view(rows, kv_heads, groups, queries, dim)
+        offsets = centre.by_cell(grouped_query, states.layer).contiguous()
     at_once = 1 if grouped == 1 else ROWS_PER_PROGRAM
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
-            plan.table, query, tail_keys, tail_values, plan.key_rotation, plan.centre, mask, scores, partials,
+            plan.table, query, tail_keys, tail_values, plan.key_rotation, offsets, mask, scores, partials,
+            dim * dim if store.key.per_head else 0, 0 if offsets is None else offsets.shape[-1],
+            1 if offsets is None else min(centre.cell, LAST_POSITION),
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
             float(scaling), hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),

@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from helpers.cache import WIDTHS
-from helpers.cache.codec import CENTRE_TOKENS
+from helpers.cache.centre import CENTRE_TOKENS
 from helpers.publishing.plots.style import BLUE, WIDTH_COLOURS, frame, legend_beside
 
 
