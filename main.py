@@ -13,6 +13,7 @@ import tyro
 COMMANDS = {
     "collect": ("helpers.training.commands:collect", "log features and widths, token by token (Part 1)"),
     "quality": ("helpers.evaluation.commands:quality", "KL and accuracy of fixed widths, block by block"),
+    "calibrate-keys": ("helpers.training.commands:calibrate_keys", "measure how keys are best balanced before coding"),
     "train": ("helpers.training.commands:train", "train the controllers of a model (Part 2)"),
     "compare": ("helpers.evaluation.commands:compare", "all policies and baselines on one model (Part 4)"),
     "memory": ("helpers.evaluation.commands:memory", "peak, held and live bytes of every kind of cache"),

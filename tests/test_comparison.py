@@ -222,3 +222,25 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
         assert (about["length"], about["first"]) == (256, 128)
     assert main.main(["compare", *common, "--controllers", str(tmp_path / "none")]) == 1
     assert "run notebook 02" in capsys.readouterr().err
+
+
+def test_balanced_keys_are_measured_and_compared(tiny_folder, tmp_path, capsys):
+    texts = tmp_path / "stories.txt"
+    texts.write_text("\n<|endoftext|>\n".join(f"{i} " + "the cat sat on the mat " * 60 for i in range(40)))
+    common = ["--model", str(tiny_folder), "--texts", str(texts)]
+    keys = tmp_path / "keys.safetensors"
+    assert main.main(["calibrate-keys", *common, "--rows", "2", "--length", "200", "--out", str(keys)]) == 0
+    assert "times less harm (median of 4 heads)" in capsys.readouterr().out
+    arguments = ["--methods", "coding", "--count", "0", "--max-rows", "2", "--rounds", "0", "--length", "256"]
+    arguments += ["--out", str(tmp_path), "--name", "coding"]
+    assert main.main(["compare", *common, *arguments, "--balance", str(keys)]) == 0
+    table = pd.read_csv(tmp_path / "coding.csv").set_index("method")
+    best = "static 4-bit, 4 sinks, rotary mean, balanced keys"
+    assert {"static 4-bit", best, "KIVI's scheme 2-bit, residual 32", "stock hqq 4-bit, residual 16"} <= set(
+        table.index
+    )
+    assert table.loc[best, "held_bytes"] < 1.05 * table.loc["static 4-bit", "held_bytes"]
+    pairs = pd.read_csv(tmp_path / "coding_pairs.csv")
+    assert ((pairs["method"] == best) & (pairs["against"] == "static 4-bit")).sum() == 2  # KL and accuracy
+    assert main.main(["compare", *common, *arguments, "--balance", str(tmp_path / "none")]) == 1
+    assert "calibrate-keys writes such a file" in capsys.readouterr().err

@@ -6,7 +6,7 @@ prompt in one forward and then tokens one by one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,12 @@ def compare_methods(
         table["peak_bytes"] = [deployment_peak(model, sequences[:1], method, first, DECODED) for method in methods]
     if rounds and is_main_process():
         table = table.merge(time_decoding(model, sequences[0], methods, rounds, first), on="method")
-    pairs = [*_schedule_pairs(methods), *controls, (STATIC.name, PackedMethod(STATIC.policy, quantizer="minmax").name)]
+    pairs = [
+        *_schedule_pairs(methods),
+        *_coding_pairs(methods),
+        *controls,
+        (STATIC.name, PackedMethod(STATIC.policy, quantizer="minmax").name),
+    ]
     return Comparison(table, _long(of_texts, "sequence"), _long(of_items, "item"), pairs)
 
 
@@ -120,6 +125,12 @@ def _schedule_pairs(methods: Sequence[Method]) -> list[tuple[str, str]]:
             rivals = [n for n, other in policies.items() if other.movement == policy.movement and n != name]
             pairs += [(name, rival) for rival in (*rivals, STATIC.name, FullPrecision.name)]
     return pairs
+
+
+def _coding_pairs(methods: Sequence[Method]) -> list[tuple[str, str]]:
+    """Each policy that codes keys in another way against the same policy without."""
+    packed = [m for m in methods if isinstance(m, PackedMethod) and m.quantizer == "rotated"]
+    return [(m.name, replace(m, sinks=0, centre="first", balance=None).name) for m in packed if m.coding]
 
 
 def standard_pairs(comparison: Comparison) -> pd.DataFrame:

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from helpers.cache import PackedKVCache, live_bytes, stored_bytes
+from helpers.cache.arguments import head_dim
 from helpers.cache.kv_cache import PACKED_ATTENTION
-from helpers.evaluation.methods import FullPrecision, Group, Method, PackedMethod, head_dim, stock_methods
+from helpers.evaluation.methods import FullPrecision, Group, Method, PackedMethod, stock_methods
 from helpers.evaluation.tracing import trace_cache
 from helpers.io import ROOT
 from helpers.models import SHAPES, shape_config

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import QuantizedCache
 
-from helpers.cache import PackedKVCache
+from helpers.cache import Balance, PackedKVCache
+from helpers.cache.arguments import head_dim
+from helpers.evaluation.kivi import KiviCache
 from helpers.policies import CachedModel, EntropyRule, FixedBits, LearnedController, Policy, PolicyDriver, Step
 from helpers.policies.schedules import RANKINGS, SCHEDULES, AgeSchedule
 
@@ -27,16 +29,30 @@ class PackedMethod:
     policy: Policy
     block: int = 16
     quantizer: str = "rotated"
+    sinks: int = 0
+    centre: str = "first"
+    balance: Balance | None = None
 
     @property
     def name(self) -> str:
-        plain = ", plain min-max" if self.quantizer == "minmax" else ""
         block = "" if self.block == 16 else f", block {self.block}"
-        return f"{self.policy.name}{block}{plain}"
+        return f"{self.policy.name}{block}{self.coding}"
+
+    @property
+    def coding(self) -> str:
+        """What is not as usual in how tokens are coded, each part after a comma."""
+        return (
+            ", plain min-max" * (self.quantizer == "minmax")
+            + f", {self.sinks} sinks" * (self.sinks > 0)
+            + {"first": "", "rotary": ", rotary mean", "none": ", not centred"}[self.centre]
+            + ", balanced keys" * (self.balance is not None)
+        )
 
     def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
         """`model` with an empty cache and the driver that commits to it; `text` seeds random policies."""
-        cache = PackedKVCache(model.config, block=self.block, quantizer=self.quantizer)
+        cache = PackedKVCache(
+            model.config, None, self.block, self.quantizer, None, self.sinks, self.centre, self.balance
+        )
         return CachedModel(model, cache, PolicyDriver(model, cache, self.policy.for_text(text)))
 
 
@@ -87,12 +103,25 @@ class StockQuantized:
         return CachedModel(model, cache)
 
 
-Method = PackedMethod | FullPrecision | StockQuantized
+@dataclass(frozen=True)
+class Kivi:
+    """KIVI's scheme: keys by channel, values by token, the newest `residual` tokens in full precision."""
+
+    bits: int = 4
+    residual: int = 128
+    block: int = 16  # of the texts that are fed to it
+
+    @property
+    def name(self) -> str:
+        return f"KIVI's scheme {self.bits}-bit, residual {self.residual}"
+
+    def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
+        """`model` with an empty cache of this kind."""
+        config = model.config.get_text_config(decoder=True)
+        return CachedModel(model, KiviCache(config, head_dim(config), self.bits, self.residual))
 
 
-def head_dim(config: PreTrainedConfig) -> int:
-    """Numbers in a key of one head; some configurations leave it to be computed."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+Method = PackedMethod | FullPrecision | StockQuantized | Kivi
 
 
 @dataclass(frozen=True)
@@ -148,6 +177,21 @@ def multiple_choice_methods(controllers: str | Path) -> list[Group]:
         Group("learned at commit", _packed(imitation), random_control=True),
         Group("learned at settle", _settled(controllers)),
         Group("stock", stock_methods()[:1]),
+    ]
+
+
+def coding_methods(balance: Balance) -> list[Group]:
+    """Static storage at 4 and 2 bits as it is by default and with each part of a better coding of keys added; beside it
+    the library's quantized caches and KIVI's scheme, each also with fewer tokens in full precision."""
+    parts = ({}, {"sinks": 4}, {"sinks": 4, "centre": "rotary"}, {"sinks": 4, "centre": "rotary", "balance": balance})
+    static = [PackedMethod(FixedBits(bits), **part) for bits in (4, 2) for part in parts]
+    stock = [replace(method, residual=residual) for method in stock_methods() for residual in (128, 16)]
+    kivi = [Kivi(bits, residual) for bits in (4, 2) for residual in (128, 32)]
+    return [
+        Group("full precision", [FullPrecision()]),
+        Group("static", static),
+        Group("stock", stock),
+        Group("stock", kivi, chooses_endings=False),
     ]
 
 

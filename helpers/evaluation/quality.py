@@ -5,8 +5,9 @@ import torch
 from transformers import PreTrainedModel
 
 from helpers.cache import WIDTHS, code_bits, live_bytes, stored_bytes
+from helpers.cache.arguments import head_dim
 from helpers.evaluation.bootstrap import interval_columns
-from helpers.evaluation.methods import Method, head_dim
+from helpers.evaluation.methods import Method
 from helpers.evaluation.metrics import kl_divergence, next_token_hits
 from helpers.io.processes import spread
 from helpers.policies import score_blocks

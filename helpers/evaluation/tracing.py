@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from helpers.cache import PackedKVCache, rotation_matrix
+from helpers.cache.arguments import head_dim
 from helpers.cache.peak import PeakBytes
-from helpers.evaluation.methods import head_dim
 
 WORK = ("update", "commit", "commit_ready", "settle", "crop", "end_forward", "map_rows")  # methods that make tensors
 
@@ -55,6 +55,8 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
     trace, own = CacheTrace(), isinstance(cache, PackedKVCache)
     if own:  # made once a process, for all caches
         rotation_matrix(head_dim(cache.config))
+        if cache.coding.balance is not None:
+            cache.coding.balance.turns(range(len(cache.layers)), "cpu", torch.float32)
 
     def traced(method):
         def call(*args, **kwargs):

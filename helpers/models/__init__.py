@@ -7,6 +7,7 @@ Knows nothing of policies or measurements. Models are loaded ready for packed at
 
 from helpers.models.hub import HubError
 from helpers.models.items import MultipleChoice, load_multiple_choice, sample_items, sample_texts
+from helpers.models.key_balance import KEY_BALANCE, load_balance, save_balance
 from helpers.models.loading import choose_device, fingerprint, load_model, model_name, placement
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.presets import PRESETS, Preset, get_preset
@@ -18,9 +19,10 @@ from helpers.models.text_files import TEXT_FILES, in_folder
 from helpers.models.tokens import check_context, check_not_empty, encode, pack_tokens
 
 __all__ = [
-    "PRESETS", "SHAPES", "TEXT_FILES", "Article", "HubError", "MultipleChoice", "Part", "Preset", "check_context",
-    "check_not_empty", "choose_device", "encode", "fingerprint", "get_preset", "in_folder", "load_articles",
-    "load_last", "load_model", "load_multiple_choice", "load_paragraphs", "load_stories", "model_name", "pack_tokens",
-    "placement", "random_model", "read_stories", "sample_items", "sample_texts", "shape_config", "split_holdout",
-    "take_sequences", "use_onednn_linear", "weight_count",
+    "KEY_BALANCE", "PRESETS", "SHAPES", "TEXT_FILES", "Article", "HubError", "MultipleChoice", "Part", "Preset",
+    "check_context", "check_not_empty", "choose_device", "encode", "fingerprint", "get_preset", "in_folder",
+    "load_articles", "load_balance", "load_last", "load_model", "load_multiple_choice", "load_paragraphs",
+    "load_stories", "model_name", "pack_tokens", "placement", "random_model", "read_stories", "sample_items",
+    "sample_texts", "save_balance", "shape_config", "split_holdout", "take_sequences", "use_onednn_linear",
+    "weight_count",
 ]  # fmt: skip

@@ -1,15 +1,17 @@
-"""Two commands of this package: `python main.py collect` and `train`; `pretrain` is in `pretraining`."""
+"""Commands of this package: `python main.py collect`, `train` and `calibrate-keys`; `pretrain` is in `pretraining`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.cache import Balance
 from helpers.io import relative_to_root
 from helpers.io.processes import is_main_process, one_first
-from helpers.models import encode, load_model, load_stories, sample_items, take_sequences
+from helpers.models import KEY_BALANCE, encode, load_model, load_stories, sample_items, save_balance, take_sequences
 from helpers.models.sources import Sources
 from helpers.policies import EntropyRule
 from helpers.training import collection
 from helpers.training.controllers import train_controllers
+from helpers.training.key_moments import BLOCK, SINKS, key_harm, key_moments
 from helpers.training.table import summarise
 
 
@@ -61,3 +63,28 @@ def train(options: TrainOptions) -> None:
     summary = train_controllers(model, table, sequences, out, names["model"], options.seed)
     print(summary.to_string(index=False))
     print(f"controllers of {len(table)} tokens and {len(sequences)} sequences of 512 -> {relative_to_root(out)}")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(Sources):
+    """What `calibrate-keys` reads."""
+
+    rows: int = 8  # sequences of the training part of the texts, evenly spaced
+    length: int = 512  # tokens of a sequence
+
+
+def calibrate_keys(options: CalibrateOptions) -> None:
+    """Measure how a model's queries and keys lie, and write the maps that balance its keys."""
+    preset = options.get_preset()
+    source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
+    texts = load_stories(texts_source, preset.train_split)
+    model, tokenizer = load_model(source)
+    sequences = take_sequences(tokenizer, texts, options.length, options.rows)
+    query, key = key_moments(model, sequences)
+    balance = Balance.of_moments(query, key)
+    about = {"source": relative_to_root(source), "texts": relative_to_root(texts_source), "split": texts.split}
+    about |= {"rows": len(sequences), "length": options.length, "sinks": SINKS, "block": BLOCK}
+    path = save_balance(balance, options.out or preset.data_dir / KEY_BALANCE, model, about)
+    gain = (key_harm(query, key) / key_harm(query, key, balance.matrices.double())).flatten()
+    print(f"an error of keys does {float(gain.median()):.1f} times less harm (median of {len(gain)} heads)")
+    print(f"-> {relative_to_root(path)}")

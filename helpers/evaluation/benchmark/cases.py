@@ -14,8 +14,8 @@ STOCK = ("quanto", "hqq")
 STOCK_LIMIT = 8192  # tokens beyond which these take minutes a round on a CPU
 ATTENTION_METHODS = ("dynamic", "static-cache", "sdpa", "2", "4", "8", "16", "mix", "learned", "reference")
 DECODE_METHODS = ("dynamic", "static-cache", "2", "4", "8", "16", "mix", "learned", *STOCK)
-CPU_DECODE_METHODS = ("dynamic", "static-cache", "4", "learned", *STOCK)
-PROMPT_METHODS = ("dynamic", "4", "learned")
+CPU_DECODE_METHODS = ("dynamic", "static-cache", "4", "balanced", "learned", *STOCK)
+PROMPT_METHODS = ("dynamic", "4", "balanced", "learned")
 
 
 @dataclass(frozen=True)

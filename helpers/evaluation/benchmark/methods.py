@@ -1,10 +1,13 @@
 """The caches that the benchmark measures, by the names that `--methods` takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import torch
 from transformers import PreTrainedModel, StaticCache
 
+from helpers.cache import Balance
 from helpers.evaluation.methods import FullPrecision, Method, PackedMethod, StockQuantized
 from helpers.io import ROOT
 from helpers.policies import QUALITY_SCHEDULE, CachedModel, FixedBits, LearnedController, RandomBits
@@ -32,6 +35,22 @@ class BenchmarkMethod:
         return self.method.open(model)
 
 
+@dataclass(frozen=True)
+class BalancedMethod(BenchmarkMethod):
+    """Static storage with every part of the better coding of keys; the balance is random, as weights are here."""
+
+    def open(self, model: PreTrainedModel, capacity: int) -> CachedModel:
+        config = model.config
+        balance = _random_balance(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        return replace(self.method, sinks=4, centre="rotary", balance=balance).open(model)
+
+
+@lru_cache(maxsize=4)
+def _random_balance(layers: int, heads: int, dim: int) -> Balance:
+    noise = torch.randn(layers, heads, dim, dim, generator=torch.Generator().manual_seed(0)) / (4 * dim**0.5)
+    return Balance(torch.eye(dim) + noise + noise.mT)
+
+
 def _learned() -> BenchmarkMethod:
     policy = LearnedController.load(ROOT / "data" / "controllers", "settle", *QUALITY_SCHEDULE)
     return BenchmarkMethod("learned 8-4-2", "learned at settle", PackedMethod(policy))
@@ -51,6 +70,7 @@ METHODS: dict[str, Callable[[], BenchmarkMethod]] = {
     "8": _static(8),
     "16": _static(16),
     "mix": lambda: BenchmarkMethod("2/4/8/16 mix", "rule", PackedMethod(RandomBits())),
+    "balanced": lambda: BalancedMethod("static 4-bit, balanced keys", "static", PackedMethod(FixedBits(4))),
     "learned": _learned,
     "reference": lambda: BenchmarkMethod(
         "static 4-bit (reference)", "static", PackedMethod(FixedBits(4)), attend="reference"

@@ -22,6 +22,7 @@ COLUMNS = ["kind", "shape", "method", "group", "dtype", "context", "batch", "ms"
 # Methods in the table of ratios, and their titles there.
 RATIO_COLUMNS = {
     "static 4-bit": "4-bit",
+    "static 4-bit, balanced keys": "4-bit, balanced keys",
     "learned 8-4-2": "8-4-2, learned",
     "StaticCache": "StaticCache",
     "stock quanto 4-bit": "quanto 4-bit",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from helpers.publishing.tables.benchmark import benchmark_table
 from helpers.publishing.tables.comparison import (
+    coding_table,
     collected_table,
     comparison_table,
     multiple_choice_table,
@@ -26,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison"),
     "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
+    "coding-smollm2": lambda: coding_table("smollm2/coding"),
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
     "quality-large": lambda: quality_table("quality_large"),
     "memory": memory_table,

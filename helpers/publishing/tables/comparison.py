@@ -31,6 +31,28 @@ def comparison_table(name: str, latency: bool = False) -> str:
     return markdown(pd.DataFrame(shown))
 
 
+def coding_table(name: str) -> str:
+    """Static storage with more and more of a better coding of keys, from `data/NAME.csv` and `NAME_pairs.csv`."""
+    table, pairs = pd.read_csv(DATA / f"{name}.csv"), pd.read_csv(DATA / f"{name}_pairs.csv")
+    full, static = table["method"] == "full precision", table.set_index("method").loc["static 4-bit"]
+    gains = pairs[(pairs["of"] == "kl") & pairs["method"].isin(table["method"])].drop_duplicates("method")
+    gains = gains.set_index("method").reindex(table["method"])
+    told = [
+        "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        for _, row in gains.iterrows()
+    ]
+    return markdown(
+        pd.DataFrame({
+            "method": table["method"],
+            **{f"{kind} bytes / static 4-bit": fixed(table[f"{kind}_bytes"] / static[f"{kind}_bytes"], 3)
+               for kind in ("peak", "held")},
+            "KL to full precision": kl_intervals(table).mask(full, "0"),
+            "KL, from the same width without": told,
+            "next-token accuracy, points": points(table, "accuracy_change"),
+        })
+    )  # fmt: skip
+
+
 def quality_table(name: str) -> str:
     """What fixed widths cost, from `data/NAME.csv` (`python main.py quality`)."""
     table = pd.read_csv(DATA / f"{name}.csv")

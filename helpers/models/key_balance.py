@@ -1,0 +1,48 @@
+"""Files of balanced keys: the linear maps of one model (`helpers.cache.balance`), as safetensors.
+
+Written by `python main.py calibrate-keys`; a cache takes what `load_balance` reads.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from helpers.cache import Balance
+from helpers.io import atomic_path, provenance, relative_to_root
+from helpers.models.loading import fingerprint
+
+KEY_BALANCE = "key_balance.safetensors"  # in the folder of a preset's results
+
+
+def save_balance(balance: Balance, path: str | Path, model: PreTrainedModel, about: dict[str, object]) -> Path:
+    """Write a model's balance to `path` with its fingerprint, `about` and provenance. Float16: half the bytes, and
+    what the rounding changes is the same for queries and keys."""
+    content = {"model": fingerprint(model), **about, **provenance()}
+    tensors = {"balance": balance.matrices.to(torch.float16).cpu().contiguous()}
+    with atomic_path(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"about": json.dumps(content)})
+    return Path(path)
+
+
+def load_balance(path: str | Path, model: PreTrainedModel) -> Balance:
+    """The balance in a file; raises `FileNotFoundError` for no file, `ValueError` for one that is none of `model`'s."""
+    path, shown = Path(path), relative_to_root(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown} does not exist: python main.py calibrate-keys writes such a file")
+    try:
+        with safe_open(path, "pt") as file:
+            about, matrices = json.loads((file.metadata() or {})["about"]), file.get_tensor("balance").float()
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{shown} is no file of balanced keys ({error})") from error
+    if matrices.ndim != 4 or matrices.shape[2] != matrices.shape[3] or not matrices.isfinite().all():
+        raise ValueError(f"{shown}: balance must be finite matrices [layers, heads, D, D], got {list(matrices.shape)}")
+    spread = torch.linalg.svdvals(matrices)
+    if (spread[..., -1] < 1e-4 * spread[..., 0]).any():
+        raise ValueError(f"{shown}: balance must be matrices that can be inverted")
+    if about.get("model") != fingerprint(model):
+        raise ValueError(f"{shown} was made for another model: python main.py calibrate-keys makes one for this")
+    return Balance(matrices)
