@@ -38,7 +38,7 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
         axes.minorticks_off()
         low, high_end = axes.get_ylim()
         if high_end < 30 * low:  # one power of ten would be the only number on the axis
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high_end < 10 * low else (1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{LABELS[kind]}\n{shape}, batch {batch}", loc="left", fontsize=9)
         axes.set_xlabel("context (tokens)")
