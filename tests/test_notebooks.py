@@ -174,3 +174,15 @@ def test_runs_in_fast_mode_and_leaves_the_results_alone(stem, tmp_path):
     assert tidying.faults(written) == ["is a fast run, whose numbers are no results"]
     for name in figure_names(written):
         assert (tmp_path / "figures" / f"{name}.png").is_file(), name
+
+
+def test_a_preset_without_a_pair_ends_part_5_without_an_error(tmp_path):
+    path = ROOT / "notebooks" / "05_gated_generation.ipynb"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PRESET": "smollm2"}
+    command = [sys.executable, "-m", "helpers.publishing", "--fast", "--out", str(tmp_path), str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    written = nbformat.read(tmp_path / "notebooks" / path.name, as_version=4)
+    (said,) = [cell.outputs for cell in written.cells if cell.cell_type == "code" and cell.outputs]
+    assert "The cells below are skipped" in said[0].text
+    assert "embedded" in said[0].text  # a preset that has a pair

@@ -25,7 +25,7 @@ from helpers.publishing.tables.texts import text_files_table
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
-    "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison"),
+    "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison", latency=True),
     "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
     "coding-smollm2": lambda: coding_table("smollm2/coding"),
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
