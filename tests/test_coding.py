@@ -15,6 +15,7 @@ from helpers.cache.codec import Codec, Codes
 from helpers.cache.rotary import Rotary, rotary_of
 from helpers.evaluation.kivi import KiviLayer
 from helpers.evaluation.methods import Kivi
+from helpers.evaluation.tracing import trace_cache
 from helpers.models import load_balance, save_balance
 from helpers.policies import EntropyRule, FixedBits, PolicyDriver, Step
 from helpers.policies.schedules import AgeSchedule
@@ -490,3 +491,17 @@ def test_kivi_groups_keys_by_channel_and_values_by_token():
     assert (keys[..., :64, :] - channel)[..., others].abs().max() < 0.3
     rows = torch.arange(64) != 7
     assert (values[:, :, :64] - token)[:, :, rows].abs().max() < 0.3
+
+
+def test_the_balance_is_the_models_and_no_cache_counts_it():
+    config = tiny_config("llama", head_dim=64)
+    peaks = []
+    for balance in (None, random_balance(config)):
+        cache = PackedKVCache(config, 4, sinks=4, centre="rotary", balance=balance)
+        with trace_cache(cache) as trace:
+            for layer in range(2):
+                cache.update(torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64), layer)
+            cache.commit_ready()
+        peaks.append((trace.peak_bytes, cache.peak_bytes()))
+    assert peaks[1][0] <= peaks[0][0] + 64 * 64 * 4  # nor a rotation for keys, which it takes the place of
+    assert peaks[1][1] <= peaks[0][1] + 64 * 64 * 4

@@ -29,6 +29,7 @@ class CacheTrace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.peak = PeakBytes()
+        self.of_the_model: set[int] = set()  # memory that caches share and do not own, which does not count
 
     @property
     def peak_bytes(self) -> int:
@@ -40,7 +41,7 @@ class CacheTrace(TorchDispatchMode):
         for leaf in tree_leaves(thing):
             if hasattr(leaf, "__tensor_flatten__"):
                 self.note([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
-            elif isinstance(leaf, torch.Tensor):
+            elif isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.of_the_model:
                 self.peak.note(leaf)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -56,7 +57,8 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
     if own:  # made once a process, for all caches
         rotation_matrix(head_dim(cache.config))
         if cache.coding.balance is not None:
-            cache.coding.balance.turns(range(len(cache.layers)), "cpu", torch.float32)
+            shared = cache.coding.balance.turns(range(len(cache.layers)), "cpu", torch.float32)
+            trace.of_the_model = {x.untyped_storage()._cdata for x in shared}
 
     def traced(method):
         def call(*args, **kwargs):
