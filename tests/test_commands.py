@@ -2,6 +2,7 @@
 
 import torch
 
+from helpers.evaluation.benchmark import load_benchmarks
 from helpers.evaluation.device import copy_bandwidth
 from helpers.io import ROOT
 from helpers.publishing import commands
@@ -22,7 +23,7 @@ def test_the_card_is_measured_written_and_drawn(monkeypatch, capsys):
 
 def test_the_benchmark_is_drawn_where_asked_for(monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(commands, "run_benchmark_command", lambda options: "AMD EPYC")
+    monkeypatch.setattr(commands, "run_benchmark_command", lambda options: load_benchmarks()["device"].iloc[0])
     monkeypatch.setattr(commands.plots, "save_figure", lambda figure, folder, name: drawn.append(name) or folder / name)
     commands.bench(commands.BenchOptions())
     assert not drawn

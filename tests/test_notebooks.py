@@ -95,7 +95,7 @@ def test_one_parameters_cell_one_setup_cell_and_checkpoints(notebook):
     assert len(tagged(notebook, "parameters")) == 1
     with_imports = [cell for cell in code_of(notebook) if re.search(r"^(from|import) ", cell.source, re.M)]
     assert with_imports == code_of(notebook)[:1]
-    assert "environment_table(" in code_of(notebook)[2].source
+    assert any("environment_table(" in cell.source for cell in code_of(notebook)[2:4])  # 05 may end before it
     checks = [cell for cell in code_of(notebook) if "OK:" in cell.source]
     assert checks
     for cell in checks:

@@ -31,7 +31,8 @@ class Step:
         if self.after < 1:
             raise ValueError(f"after must be a number of blocks, 1 or more, got {self.after}")
         if len(self.shares) != 2 or not all(0 <= share <= 1 for share in self.shares):
-            raise ValueError(f"keep must be a share between 0 and 1, or one of keys and one of values, got {self.keep}")
+            pair = "; a pair is one of keys and one of values"
+            raise ValueError(f"keep must be a share between 0 and 1, got {self.keep}{pair}")
 
     @property
     def pair(self) -> tuple[int, int]:
