@@ -273,12 +273,11 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         for i, layer in enumerate(self.layers):
             groups.setdefault(layer.kind, []).append(i)
         for members in groups.values():
-            real = None if self.visible is None else self._real_tokens().to(self.layers[members[0]].keys.device)
+            real = None if self.visible is None else self._real_tokens()
             store = self._make_store(members, real)
             if store.key.centre is not None:
                 tokens = self.tail_length if real is not None else min(self.tail_length, store.key.centre.needed)
-                store.key.centre.fix(self._oldest(members, tokens)[0], real, slice(None), len(members))
-                store.reserve(self.tail_length)
+                store.fix_centre(self._oldest(members, tokens)[0], real, self.tail_length)
         self.visible = None
         return self.stores
 

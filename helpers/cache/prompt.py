@@ -123,9 +123,6 @@ class ReadsPrompts:
         else:
             store, at = self._make_store(list(range(layer_idx, len(self.layers))), self._real), 0
         if store.key.centre is not None and not layer.packed_length:
-            real = None if self._real is None else self._real.to(store.device)
-            tokens = layer.tail_length if real is None else real.shape[1]
-            tokens = min(tokens, store.key.centre.needed) if real is None else tokens
-            store.key.centre.fix(layer.keys[None, :, :, :tokens], real, slice(at, at + 1), len(store.layers))
-            store.reserve(layer.tail_length)
+            tail = layer.tail_length
+            store.fix_centre(layer.keys[None, :, :, :tail], self._real, tail, slice(at, at + 1))
         return store, at

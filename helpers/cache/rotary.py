@@ -51,28 +51,15 @@ class Rotary:
 def rotary_of(config: PreTrainedConfig, head_dim: int) -> Rotary:
     """The rotary embedding that a configuration describes: partial and scaled ones too; none where it has none."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    if "full_attention" in parameters:  # a set for each type of layer
-        config, parameters = _Typed(config, parameters["full_attention"]), parameters["full_attention"]
+    one_of = {"layer_type": "full_attention"} if "full_attention" in parameters else {}  # a set for each type of layer
+    parameters = parameters["full_attention"] if one_of else parameters
     if "rope_theta" not in parameters:
         return Rotary()
     kind = parameters.get("rope_type", "default")
     if kind in ROPE_INIT_FUNCTIONS:
-        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config)
+        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, **one_of)
     else:
         size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         frequencies = parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     frequencies = frequencies.double().flatten()[: head_dim // 2]
     return Rotary(tuple(frequencies.tolist()))
-
-
-class _Typed:
-    """A configuration as if it had the rotary parameters of one type of layer only."""
-
-    def __init__(self, config: PreTrainedConfig, parameters: dict[str, object]):
-        self._config, self.rope_parameters = config, parameters
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._config, name)
-
-    def standardize_rope_params(self) -> None:
-        """They are standard already."""

@@ -149,6 +149,17 @@ class PackedStore:
         self._close(layout, layer)
         return total
 
+    def fix_centre(
+        self, keys: torch.Tensor, real: torch.Tensor | None, length: int, layers: slice = slice(None)
+    ) -> None:
+        """Centre the keys of some layers by the first of them, `keys` `[L, B, H, n, D]`, before `length` are coded.
+
+        `real` `[B, n]` is False for padding, None where there is none.
+        """
+        real = None if real is None else real.to(self.device)
+        self.key.centre.fix(keys, real, layers, len(self.layers))
+        self.reserve(length)
+
     def reserve(self, length: int) -> None:
         """Be ready for `length` tokens, before any of them is read or coded."""
         if self.key.centre is not None and self.key.centre.reserve(length):

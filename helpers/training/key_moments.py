@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from helpers.cache.arguments import head_dim
 from helpers.cache.attention.dispatch import dense_attention
 from helpers.cache.centre import Centre
 from helpers.cache.rotary import Rotary, rotary_of
@@ -46,9 +47,10 @@ def _recording(
 ) -> Iterator[None]:
     """While this lasts, each layer's attention adds its moments to `sums`, under its number."""
     config = model.config.get_text_config(decoder=True)
+    rotary = rotary_of(config, head_dim(config))
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        moments = _moments(query, key, rotary_of(config, key.shape[-1]), sinks)
+        moments = _moments(query, key, rotary, sinks)
         known = sums.get(module.layer_idx)
         sums[module.layer_idx] = moments if known is None else tuple(map(torch.add, known, moments))
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

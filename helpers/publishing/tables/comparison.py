@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.models import model_name
-from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, points
+from helpers.publishing.tables.layout import DATA, fixed, intervals, kl_intervals, markdown, paired_difference, points
 from helpers.training import ASSIGNMENT_COLUMNS, read_training_data
 
 MULTIPLE_CHOICE = "smollm2/hellaswag"
@@ -35,12 +35,8 @@ def coding_table(name: str) -> str:
     """Static storage with more and more of a better coding of keys, from `data/NAME.csv` and `NAME_pairs.csv`."""
     table, pairs = pd.read_csv(DATA / f"{name}.csv"), pd.read_csv(DATA / f"{name}_pairs.csv")
     full, static = table["method"] == "full precision", table.set_index("method").loc["static 4-bit"]
-    gains = pairs[(pairs["of"] == "kl") & pairs["method"].isin(table["method"])].drop_duplicates("method")
-    gains = gains.set_index("method").reindex(table["method"])
-    told = [
-        "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-        for _, row in gains.iterrows()
-    ]
+    gains = pairs.query("of == 'kl'").drop_duplicates("method").set_index("method")
+    told = [paired_difference(gains.loc[method]) if method in gains.index else "" for method in table["method"]]
     return markdown(
         pd.DataFrame({
             "method": table["method"],

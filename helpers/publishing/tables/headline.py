@@ -4,7 +4,7 @@ import pandas as pd
 
 from helpers.publishing.tables.benchmark import decode_rows
 from helpers.publishing.tables.gate import gate_benchmarks
-from helpers.publishing.tables.layout import DATA, interval, markdown
+from helpers.publishing.tables.layout import DATA, interval, markdown, paired_difference
 from helpers.publishing.tables.memory import memory_rows
 
 
@@ -20,8 +20,7 @@ def headline_table() -> str:
     at_bytes = f"at {shares['peak_bytes']:.2f} of its peak and {shares['held_bytes']:.2f} of its held bytes"
 
     def paired(method: str, other: str) -> str:
-        row = pairs.loc[(method, other)].add_prefix("difference_").rename({"difference_difference": "difference"})
-        return interval(row, "difference", 4, sign=True)
+        return paired_difference(pairs.loc[(method, other)])
 
     usage = pd.read_csv(DATA / "gate_usage.csv").set_index("gate").loc["tracking 20%"]
     speed = pd.read_csv(DATA / "gate_speed.csv").set_index("of")

@@ -40,6 +40,11 @@ def intervals(table: pd.DataFrame, name: str, digits: int, scale: float = 1, sig
     return pd.Series(texts, table.index, dtype=object)
 
 
+def paired_difference(row: pd.Series) -> str:
+    """`difference [low, high]` of a row of a table of paired differences."""
+    return interval({"kl": row["difference"], "kl_low": row["low"], "kl_high": row["high"]}, "kl", 4, sign=True)
+
+
 def kl_intervals(table: pd.DataFrame) -> pd.Series:
     """KL with interval, a digit more where it is below 0.001 nats."""
     return intervals(table, "kl", 5).where(table["kl"] < 0.001, intervals(table, "kl", 4))
