@@ -72,21 +72,21 @@ class Case:
     dtype: torch.dtype = torch.float32
     quantizer: str = "rotated"
     block: int = 8
-    sinks: int = 0
-    centre: str = "first"
+    sinks: int = 4
+    centre: str = "rotary"
     balanced: bool = False
     partial: float = 1.0  # share of a head that rotary embedding turns; 0 for a model without
 
 
 BASE = Case()
 CODINGS = {
-    "sinks": {"sinks": 4},
-    "rotary mean": {"centre": "rotary"},
+    "no sinks": {"sinks": 0},
     "not centred": {"centre": "none"},
+    "neither": {"sinks": 0, "centre": "none"},
+    "only balanced": {"sinks": 0, "centre": "none", "balanced": True},
     "balanced": {"balanced": True},
-    "all three": {"sinks": 4, "centre": "rotary", "balanced": True},
-    "all three, partial rotary": {"sinks": 4, "centre": "rotary", "balanced": True, "partial": 0.25},
-    "all three, no rotary": {"sinks": 4, "centre": "rotary", "balanced": True, "partial": 0},
+    "balanced, partial rotary": {"balanced": True, "partial": 0.25},
+    "balanced, no rotary": {"balanced": True, "partial": 0},
 }
 CODED = {
     "": {},

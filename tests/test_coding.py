@@ -151,7 +151,7 @@ def test_balance_keeps_keys_as_long_as_they_are():
 def test_moments_are_those_of_what_attention_sees():
     model = tiny_model("llama", dtype=torch.float64)
     sequences = [random_ids(1, n, n)[0].tolist() for n in (60, 41, 5)]  # the last is too short to count
-    query, key = key_moments(model, sequences, sinks=4)
+    query, key = key_moments(model, sequences)
     assert query.shape == key.shape == (2, 2, 32, 32)
     expected = torch.zeros_like(key)
     for ids in sequences[:2]:
@@ -225,7 +225,7 @@ def test_without_rounding_nothing_changes(exact, monkeypatch, sinks, balanced, l
     monkeypatch.setattr(Codec, "__init__", precise)
     balance = random_balance(model.config) if balanced else None
     inputs = left_padded(lengths)
-    cache = PackedKVCache(model.config, 4, sinks=sinks, centre="rotary", balance=balance)
+    cache = PackedKVCache(model.config, 4, sinks=sinks, balance=balance)
     plain = DynamicCache()
     step = torch.full((len(lengths), 1), 7)
     mask = inputs["attention_mask"]
@@ -245,7 +245,7 @@ def test_without_rounding_nothing_changes(exact, monkeypatch, sinks, balanced, l
 @pytest.mark.parametrize("policy", [EntropyRule(), FixedBits(4)], ids=lambda policy: policy.name)
 def test_sinks_of_a_short_prompt_without_a_mask(policy):
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, sinks=4, centre="rotary")
+    cache = PackedKVCache(model.config)
     driver = PolicyDriver(model, cache, policy)
     ids = random_ids(2, 20)
     for part in (ids, *random_ids(2, 30).split(1, dim=1)):
@@ -257,7 +257,7 @@ def test_sinks_of_a_short_prompt_without_a_mask(policy):
 def test_errors_are_known_of_tokens_that_come_after_many():
     """The phases of their blocks are there when they are asked for, before anything is committed."""
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, centre="rotary")
+    cache = PackedKVCache(model.config, sinks=0)
     cache.record_errors = cache.holds = True
     model(input_ids=random_ids(1, 300), cache=cache)
     key_errors, _ = cache.tail_errors(288)
@@ -272,7 +272,7 @@ def test_errors_are_known_of_tokens_that_come_after_many():
 def test_short_blocks_read_the_phases_that_are_there():
     """A prompt of a few small blocks makes more phases while some layers still read the former ones."""
     model = tiny_model("llama")
-    cache, twin = (PackedKVCache(model.config, 8, block=4, sinks=4, centre="rotary") for _ in range(2))
+    cache, twin = (PackedKVCache(model.config, 8, block=4) for _ in range(2))
     ids = random_ids(1, 120)
     for part in ids.split(20, dim=1):
         ours = model(input_ids=part, cache=cache).logits
@@ -288,7 +288,7 @@ def test_padded_rows_take_no_room_for_tokens_that_do_not_come():
     held = []
     for lengths in ([200, 200], [200, 150]):
         model = tiny_model("llama")
-        cache = PackedKVCache(model.config, 4, sinks=4)
+        cache = PackedKVCache(model.config, 4)
         model(**left_padded(lengths), cache=cache)
         model(input_ids=random_ids(2, 1), cache=cache)
         held.append(cache.stored_bytes())
@@ -319,7 +319,7 @@ def sink_bits(cache: PackedKVCache, padding: list[int], sinks: int) -> np.ndarra
 @pytest.mark.parametrize("how", ["prompt", "by and by"])
 def test_sinks_stay_at_16_bits_under_every_policy(policy, lengths, how):
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, sinks=4, centre="rotary")
+    cache = PackedKVCache(model.config)
     driver = PolicyDriver(model, cache, policy)
     inputs = left_padded(lengths)
     padding = [120 - length for length in lengths]
@@ -340,7 +340,7 @@ def test_sinks_stay_at_16_bits_under_every_policy(policy, lengths, how):
 
 def test_sinks_follow_rows_and_crops():
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, 4, sinks=4)
+    cache = PackedKVCache(model.config, 4)
     inputs = left_padded([90, 70, 41])
     model.generate(**inputs, cache=cache, max_new_tokens=20, do_sample=False)
     padding = np.array([0, 20, 49])
@@ -357,7 +357,7 @@ def test_sinks_take_a_block_of_their_own_size_from_the_first_block():
     """No slot is empty where rows begin alike, so that attention need not look for it."""
     model = tiny_model("llama")
     for block in (1, 2, 3, 4, 5, 16):
-        cache = PackedKVCache(model.config, 4, block=block, sinks=4)
+        cache = PackedKVCache(model.config, 4, block=block)
         model(input_ids=random_ids(2, 80), cache=cache)
         model(input_ids=random_ids(2, 1), cache=cache)
         segments = cache.stores[0].layout.segments()
@@ -365,8 +365,8 @@ def test_sinks_take_a_block_of_their_own_size_from_the_first_block():
         assert sum(segment.slots for _, segment in segments) == cache.committed
 
 
-def test_sinks_and_the_rotary_mean_help_biased_keys():
-    """Constant channels of hundreds (as Qwen2's): a fixed centre cannot follow them as they turn."""
+def test_the_rotary_mean_helps_biased_keys():
+    """Constant channels of hundreds (as Qwen2's): only a centre that turns with them takes them away."""
     config = tiny_config("llama", head_dim=64)
     rotary = rotary_of(config, 64)
     generator = torch.Generator().manual_seed(0)
@@ -375,14 +375,14 @@ def test_sinks_and_the_rotary_mean_help_biased_keys():
     bias[10], bias[42] = 100.0, -100.0
     biased = keys + rotary.turn(bias, rotary.phases(torch.arange(400), 64, torch.float32))
     errors = {}
-    for centre in ("first", "rotary"):
+    for centre in ("none", "rotary"):
         cache = PackedKVCache(config, 4, sinks=4, centre=centre)
         for layer in cache.layers:
             layer.update(biased, values)
         cache.commit_ready()
         stored, _ = cache.states(1).dense()
         errors[centre] = float((stored - biased)[:, :, 200:].square().mean())
-    assert errors["rotary"] < errors["first"] / 10
+    assert errors["rotary"] < errors["none"] / 10
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -392,7 +392,7 @@ def test_every_family_decodes_with_all_of_it(name):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shape = (config.num_hidden_layers, heads, 3 * 32, 32)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    cache = PackedKVCache(config, 8, sinks=4, centre="rotary", balance=Balance.of_moments(*(x.mT @ x)))
+    cache = PackedKVCache(config, 8, balance=Balance.of_moments(*(x.mT @ x)))
     ids, plain = random_ids(2, 70), DynamicCache()
     for part in (ids[:, :40], *ids[:, 40:].split(1, dim=1)):
         ours, theirs = (model(input_ids=part, cache=held).logits[:, -1].log_softmax(-1) for held in (cache, plain))
@@ -434,7 +434,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_keys_and_values_may_keep_shares_of_their_own(keep, expected):
     """One ranking serves both: the best tokens leave both sides as they are, the next the side that keeps more."""
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config)
+    cache = PackedKVCache(model.config, sinks=0)
     policy = AgeSchedule((8, 4), (Step(1, (4, 2), keep=keep),), "attention")
     driver = PolicyDriver(model, cache, policy)
     model.generate(**driver.prefill({"input_ids": random_ids(2, 80)}), cache=cache, logits_processor=[driver],
@@ -497,7 +497,7 @@ def test_the_balance_is_the_models_and_no_cache_counts_it():
     config = tiny_config("llama", head_dim=64)
     peaks = []
     for balance in (None, random_balance(config)):
-        cache = PackedKVCache(config, 4, sinks=4, centre="rotary", balance=balance)
+        cache = PackedKVCache(config, 4, balance=balance)
         with trace_cache(cache) as trace:
             for layer in range(2):
                 cache.update(torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64), layer)

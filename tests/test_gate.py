@@ -30,7 +30,8 @@ from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, 
 from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
 from helpers.io.paths import ROOT
-from helpers.models.loading import fingerprint, load_model, placement
+from helpers.models import fingerprint
+from helpers.models.loading import load_model, placement
 from helpers.models.presets import PRESETS
 from helpers.models.stories import load_articles, load_paragraphs
 from helpers.policies.driver import PolicyDriver

@@ -276,7 +276,7 @@ def test_stored_bytes_are_the_bytes_of_every_tensor_owned(prepare):
 
 def test_reserved_length_is_allocated_once():
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, bits=4, block=8, max_length=256)
+    cache = PackedKVCache(model.config, bits=4, block=8, max_length=256, sinks=0)
     feed(model, cache, random_ids(1, 40), chunk=8)
     (bucket,) = cache.stores[0].layout.buckets.values()
     before = bucket.segments[0].buffers.key.codes.data_ptr()
@@ -287,7 +287,7 @@ def test_reserved_length_is_allocated_once():
 
 def test_widths_are_counted_as_stored():
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, bits=4, block=8)
+    cache = PackedKVCache(model.config, bits=4, block=8, sinks=0)
     feed(model, cache, random_ids(1, 48), chunk=8)
     assert cache.code_bits() == pytest.approx((40 * 4 + 8 * 16) / 48)
     assert cache.bits_per_element() > cache.code_bits()
@@ -297,7 +297,7 @@ def test_widths_are_counted_as_stored():
 def test_settled_tokens_are_where_each_head_wanted_them():
     model = tiny_model("llama")
     ids = random_ids(2, 48)
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     feed(model, cache, ids)
     cache.commit(8, pending=True)
     before = [cache.states(i).dense() for i in range(2)]
@@ -324,7 +324,7 @@ def test_settled_tokens_are_where_each_head_wanted_them():
 def test_settling_in_steps_and_keys_apart_from_values():
     model = tiny_model("llama", dtype=torch.float64)
     ids = random_ids(1, 40)
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     feed(model, cache, ids)
     cache.commit((8, 4), pending=True)
     values_before = cache.states(0).dense()[1]
@@ -361,7 +361,7 @@ def test_received_attention_is_that_of_later_blocks(window, monkeypatch):
     monkeypatch.setattr("helpers.cache.attention.received.RECEIVED_WINDOW", window)
     model = tiny_model("llama", dtype=torch.float64)
     ids = random_ids(1, 28)
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     cache.record_received = True
     feed(model, cache, ids[:, :24])
     cache.commit(16, pending=True)
@@ -467,7 +467,7 @@ def test_crop_leaves_the_rest_as_it_was_stored(family, head_dim, removed, length
 
 def test_crop_after_heads_chose_their_own_tokens():
     model = tiny_model("llama")
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     feed(model, cache, random_ids(2, 48))
     cache.commit(8, pending=True)
     scores = torch.rand(2, 2, 2, 40, generator=torch.Generator().manual_seed(2))

@@ -52,7 +52,7 @@ def test_bytes_of_packed_caches(method):
 
 
 def test_the_learned_cache_holds_less_than_static_four_bits():
-    static, learned = (method for method in OURS if method.name.startswith(("static 4", "8-4-2")))
+    static, learned = (method for method in OURS if method.name.startswith(("static 4", "4-2 ")))
     held = [drive_cache(method, CONFIG, 256)["held_bytes"] for method in (static, learned)]
     assert held[1] < held[0]
 
@@ -120,7 +120,7 @@ def _row(tokens, method, group, held, live, peak, shape=EMBEDDED, batch=1):
 
 
 def test_targets_name_their_worst_case():
-    learned = "8-4-2 @2,5, best 25% by learned score"
+    learned = "4-2 @6, best K50% V12% by learned score"
     rows = [
         _row(4096, "static 4-bit", "static", 20.0, 19.5, 40.0),
         _row(4096, learned, "learned at settle", 17.0, 15.0, 36.0),
@@ -133,10 +133,10 @@ def test_targets_name_their_worst_case():
     held = by_start["held over live from 512 tokens on, fixed widths and schedules"]
     assert (held["result"], held["where"]) == ("missed", f"{EMBEDDED}, 4,096 tokens, {learned}")
     assert held["measured"] == pytest.approx(17 / 15)
-    assert by_start["held, learned 8-4-2 over static 4-bit, at every length"]["result"] == "met"
-    assert by_start["held, learned 8-4-2 over static 4-bit, from 4,096 tokens on"]["result"] == "missed"
+    assert by_start["held, learned 4-2 over static 4-bit, at every length"]["result"] == "met"
+    assert by_start["held, learned 4-2 over static 4-bit, from 4,096 tokens on"]["result"] == "missed"
     assert by_start["held over live from 512 tokens on, widths token by token"]["result"] == "not measured"
-    against = by_start["peak, 4,096 tokens: static 4-bit and learned 8-4-2 over stock quanto 4-bit, residual 128"]
+    against = by_start["peak, 4,096 tokens: static 4-bit and learned 4-2 over stock quanto 4-bit, residual 128"]
     assert (against["result"], against["measured"]) == ("missed", pytest.approx(40 / 38))
     two = by_start["peak, 4,096 tokens, fixed widths and schedules, over live bytes and two layers in full precision"]
     assert (two["result"], two["measured"]) == ("met", pytest.approx(36 / 35))
@@ -149,7 +149,7 @@ def test_the_command_writes_what_the_documents_show(tmp_path, capsys):
     out = tmp_path / "memory.csv"
     small = ["--shapes", EMBEDDED, "--lengths", "64", "--batch", "2", "--batch-length", "64", "--stock-limit", "0"]
     assert main.main(["memory", *small, "--out", str(out)]) == 0
-    assert "met: held, learned 8-4-2 over static 4-bit" in capsys.readouterr().out.replace("missed", "met")
+    assert "met: held, learned 4-2 over static 4-bit" in capsys.readouterr().out.replace("missed", "met")
     table = pd.read_csv(out)
     assert list(table) == list(COLUMNS)
     assert (table["peak_bytes"] >= table["held_bytes"]).all()

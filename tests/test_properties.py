@@ -17,9 +17,10 @@ from test_kv_cache import all_tensors
 from transformers import LlamaConfig
 
 from helpers.cache.attention.reference import packed_attention
-from helpers.cache.centre import CENTRE_SHARE, CENTRE_TOKENS
+from helpers.cache.centre import CENTRE_TOKENS, MEAN_TOKENS
 from helpers.cache.kv_cache import PACKED_ATTENTION, PackedKVCache
 from helpers.cache.quantization import WIDTHS, dequantize, quantize, rotation_matrix
+from helpers.cache.rotary import rotary_of
 from helpers.cache.tokens import EMPTY
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
@@ -37,18 +38,26 @@ def examples(count: int):
     )
 
 
-def step_bound(x: torch.Tensor, bits: int) -> torch.Tensor:
+def step_bound(x: torch.Tensor, bits: int, refine: bool) -> torch.Tensor:
     """How far (Euclidean, `[...]`) quantizing `x` `[..., n]` may move it.
 
     A grid from minimum to maximum has steps of range / (2^bits - 1), of which rounding loses half a number. Scale and
     zero are float16: each is off by 2^-11 of itself (or half of its smallest number), which moves the ends of the grid
     by at most (|minimum| + range) 2^-11. The search at 2 bits takes another grid only where the whole error is less.
+    Below 8 bits what comes back is then stretched until it is as long along `x` as `x`: an error of sine s (over the
+    length of `x`) becomes one of tangent s / sqrt(1 - s^2); by no more than a factor of 2, and rounded once more.
     """
     x = x.double()
     low, high = x.amin(-1), x.amax(-1)
     levels = 2**bits - 1
     rounding = (low.abs() + (high - low)) * 2.0**-11 + (levels + 1) * 2.0**-25
-    return ((high - low) / (2 * levels) + rounding) * x.shape[-1] ** 0.5
+    bound = ((high - low) / (2 * levels) + rounding) * x.shape[-1] ** 0.5
+    if bits == 8 or not refine:
+        return bound
+    length = x.norm(dim=-1)
+    sine = (bound / length.clamp(min=1e-300)).clamp(max=1)
+    tangent = bound / (1 - sine.square()).sqrt()
+    return torch.minimum(tangent.nan_to_num(torch.inf), 2 * length + 3 * bound) + 2 * rounding * x.shape[-1] ** 0.5
 
 
 VECTORS = st.tuples(
@@ -75,21 +84,21 @@ def vectors(seed: int, leading: list[int], n: int, power: float, mean: float, ki
 
 @examples(300)
 @given(VECTORS, st.sampled_from([2, 4, 8]), st.booleans())
-def test_what_is_quantized_comes_back_within_half_a_step(drawn, bits, search):
+def test_what_is_quantized_comes_back_within_half_a_step(drawn, bits, refine):
     x = vectors(*drawn)
-    codes, scales = quantize(x, bits, search)
+    codes, scales = quantize(x, bits, refine, refine)
     assert codes.shape == (*x.shape[:-1], x.shape[-1] * bits // 8)
     assert (codes.dtype, scales.dtype, scales.shape) == (torch.uint8, torch.float16, (*x.shape[:-1], 2))
     back = dequantize(codes, scales, bits, torch.float32)
     error = (back.double() - x.double()).norm(dim=-1)
     noise = 1e-5 * x.double().norm(dim=-1)  # of float32 arithmetic
-    assert (error <= step_bound(x, bits) + noise).all()
-    if bits > 2 or not search:
+    assert (error <= step_bound(x, bits, refine) + noise).all()
+    if bits > 4 or not refine:
         step = scales[..., :1].double()
         within = (back.double() - x.double()).abs() <= step / 2 + x.abs().amax(-1, keepdim=True).double() * 2**-9 + 1e-6
         assert within.all()
     # The same numbers in any other place of a batch give the same codes.
-    again = quantize(x.reshape(-1, x.shape[-1])[-1:], bits, search)[0]
+    again = quantize(x.reshape(-1, x.shape[-1])[-1:], bits, refine, refine)[0]
     assert torch.equal(again[0], codes.reshape(-1, codes.shape[-1])[-1])
 
 
@@ -103,6 +112,17 @@ class Shape:
     quantizer: str
     dtype: torch.dtype
     max_length: int | None
+    sinks: int
+    centre: str
+
+    @property
+    def centred(self) -> bool:
+        return self.quantizer == "rotated" and self.centre == "rotary"
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing can be committed before there are some tokens."""
+        return self.sinks > 0 or self.centred
 
     def config(self) -> LlamaConfig:
         config = LlamaConfig(
@@ -123,6 +143,8 @@ SHAPES = st.builds(
     quantizer=st.sampled_from(["rotated", "minmax"]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
     max_length=st.sampled_from([None, None, 24, 100]),
+    sinks=st.sampled_from([0, 1, 4, 4, 8]),
+    centre=st.sampled_from(["rotary", "rotary", "none"]),
 )
 
 
@@ -145,8 +167,7 @@ class DenseCache:
     @property
     def committable(self) -> int:
         ready = (self.length - self.committed) // self.shape.block * self.shape.block
-        first = not self.committed and self.shape.quantizer == "rotated"
-        return ready if ready >= CENTRE_TOKENS or not first else 0
+        return ready if ready >= CENTRE_TOKENS or self.committed or not self.shape.waits else 0
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for side, new in (("key", keys), ("value", values)):
@@ -156,35 +177,48 @@ class DenseCache:
             for record in (self.bits, self.bound):
                 record[side] = torch.cat([record[side], blank.double()] if side in record else [blank.double()], dim=3)
 
-    def coded(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        """`x` `[L, B, H, n, D]` as the quantizer sees it: keys centred, both rotated."""
+    def coded(self, x: torch.Tensor, side: str, first: int) -> torch.Tensor:
+        """`x` `[L, B, H, n, D]`, from position `first` on, as the quantizer sees it: keys centred, both rotated."""
         x = x.double()
         if self.shape.quantizer == "minmax":
             return x
-        if side == "key":
-            x = x - self.centre[:, :, :, None]
+        if side == "key" and self.shape.centred:
+            block = self.shape.block
+            middles = torch.arange(first, first + x.shape[3]) // block * block + (block - 1) / 2
+            x = x - self.turned(self.centre[:, :, :, None], middles)
         return x @ rotation_matrix(x.shape[-1])
+
+    def turned(self, x: torch.Tensor, positions: torch.Tensor, back: bool = False) -> torch.Tensor:
+        rotary, dim = rotary_of(self.shape.config(), self.shape.head_dim), self.shape.head_dim
+        return rotary.turn(x, rotary.phases(positions, dim, torch.float64), back=back)
 
     def commit(self, widths: torch.Tensor, pending: bool) -> None:
         """`widths` `[B, n, 2]`: of keys and of values."""
         n = widths.shape[1]
         at = slice(self.committed, self.committed + n)
-        if not self.committed:
-            self.centre = CENTRE_SHARE * self.states["key"][:, :, :, :CENTRE_TOKENS].double().mean(3)
+        if not self.committed and self.shape.centred:
+            keys = self.turned(self.states["key"].double(), torch.arange(self.length), back=True)
+            self.centre = keys[:, :, :, self.shape.sinks : self.shape.sinks + MEAN_TOKENS].mean(3)
+        sinks = torch.arange(self.committed, self.committed + n) < self.shape.sinks
+        widths = torch.where(sinks[:, None], 16, widths)
         for number, side in enumerate(("key", "value")):
             wide = widths[None, :, None, :, number].expand(self.shape.layers, -1, self.shape.heads, -1)
             self.bits[side][:, :, :, at] = wide.double()
             self._widen_bound(side, at, self.states[side][:, :, :, at], wide)
         if pending:
-            pair = tuple(widths[0, 0].tolist())
-            starts = range(self.committed, self.committed + n, self.shape.block)
-            self.pending.setdefault(pair, []).extend((start, self.shape.block) for start in starts)
+            pair, block = tuple(widths[0, -1].tolist()), self.shape.block
+            for start in range(self.committed, self.committed + n, block):
+                gone = min(max(self.shape.sinks - start, 0), block)
+                if gone < block:
+                    self.pending.setdefault(pair, []).append((start + gone, block - gone))
         self.committed += n
 
     def _widen_bound(self, side: str, at: slice, x: torch.Tensor, wide: torch.Tensor) -> None:
-        y = self.coded(x, side)
+        y = self.coded(x, side, at.start)
         for bits in (2, 4, 8):
-            self.bound[side][:, :, :, at] += torch.where(wide == bits, step_bound(y, bits), 0.0)
+            self.bound[side][:, :, :, at] += torch.where(
+                wide == bits, step_bound(y, bits, self.shape.quantizer == "rotated"), 0.0
+            )
         half = x.double().abs().amax(-1) * 2.0**-11 * x.shape[-1] ** 0.5 + 2.0**-24 * x.shape[-1]
         self.bound[side][:, :, :, at] += torch.where(wide == 16, half, 0.0)
 
@@ -337,7 +371,8 @@ COUNTS: dict[str, int] = dict.fromkeys([*OPERATIONS, "sequences"], 0)
 @examples(600)
 @given(SHAPES, st.data())
 def test_a_cache_holds_what_a_plain_list_of_tensors_holds(shape, data):
-    cache = PackedKVCache(shape.config(), None, shape.block, shape.quantizer, shape.max_length)
+    more = shape.sinks, shape.centre, None
+    cache = PackedKVCache(shape.config(), None, shape.block, shape.quantizer, shape.max_length, *more)
     cache.record_received = data.draw(st.booleans(), label="record received attention")
     model = DenseCache(shape)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
@@ -359,7 +394,7 @@ def test_a_cache_holds_what_a_plain_list_of_tensors_holds(shape, data):
         elif operation == "commit":
             blocks = data.draw(st.integers(1, model.committable // shape.block), label="blocks")
             tokens = blocks * shape.block
-            if not model.committed and shape.quantizer == "rotated":
+            if not model.committed and shape.waits:
                 tokens = max(tokens, -(-CENTRE_TOKENS // shape.block) * shape.block)
                 tokens = min(tokens, model.committable)
             told, widths, pending = data.draw(widths_of(rows, tokens), label="widths")

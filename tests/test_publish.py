@@ -242,7 +242,7 @@ def test_tables_of_results_that_are_not_there_yet(tmp_path):
     full = {"method": "full precision", "code_bits": 16.0, **scores}
     changes = {f"acc{norm}_change{end}": -0.012 for norm in ("", "_norm") for end in ("", "_low", "_high")}
     ours = {**full, "method": "static 4-bit", "code_bits": 4.4, **changes}
-    schedule = {"method": "8-4-2 @3,6", "code_bits": 3.0}
+    schedule = {"method": "4-2 @8", "code_bits": 3.0}
     path = tmp_path / f"{MULTIPLE_CHOICE}.csv"
     path.parent.mkdir()
     pd.DataFrame([full, ours, schedule]).to_csv(path, index=False)
@@ -255,7 +255,7 @@ def test_tables_of_results_that_are_not_there_yet(tmp_path):
 
 def test_the_benchmark_table_takes_machines_one_by_one(tmp_path):
     row = {"kind": "decode", "shape": "SmolLM-135M", "context": 512, "batch": 1, "dtype": "float32", "error": ""}
-    times = {"DynamicCache": [4.0, 4.0], "static 4-bit": [2.0, 2.0], "learned 8-4-2": [3.0, 3.0]}
+    times = {"DynamicCache": [4.0, 4.0], "static 4-bit": [2.0, 2.0], "learned 4-2": [3.0, 3.0]}
     rows = []
     for method, ms in times.items():
         ratio = ms[0] / 4

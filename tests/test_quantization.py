@@ -33,19 +33,31 @@ def test_a_packed_byte_by_hand():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("search", [False, True])
-def test_error_is_within_half_a_step(bits, search):
+def test_error_is_within_half_a_step(bits):
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    packed, scales = quantize(x, bits, search)
+    packed, scales = quantize(x, bits, search=False, stretch=False)
     error = (dequantize(packed, scales, bits, x.dtype) - x).abs().amax(-1)
-    step = scales[:, 0].float()
-    if bits == 2 and search:
-        plain = dequantize(*quantize(x, bits, search=False), bits, x.dtype)
-        found = dequantize(packed, scales, bits, x.dtype)
-        assert (found - x).square().mean() < 0.6 * (plain - x).square().mean()
-    else:
-        # Scale and zero are rounded to float16, which may move the grid's ends by a relative 2^-11.
-        assert (error <= 0.5 * step + x.abs().amax(-1) * 2**-9).all()
+    # Scale and zero are rounded to float16, which may move the grid's ends by a relative 2^-11.
+    assert (error <= 0.5 * scales[:, 0].float() + x.abs().amax(-1) * 2**-9).all()
+
+
+def test_the_step_of_2_bits_is_searched():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    found, plain = (dequantize(*quantize(x, 2, search, False), 2, x.dtype) for search in (True, False))
+    assert (found - x).square().mean() < 0.6 * (plain - x).square().mean()
+
+
+@pytest.mark.parametrize(("bits", "compiled"), [(2, True), (4, True), (2, False), (4, False)])
+def test_what_comes_back_is_as_long_along_the_vector_as_the_vector(bits, compiled, monkeypatch):
+    """So that a query in the direction of a key meets all of it; without it a 2-bit key is an eighth too short."""
+    if not compiled:
+        monkeypatch.setattr(quantization, "_compiled", lambda: None)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 300)[:, None]
+    back = dequantize(*quantize(x, bits), bits, x.dtype)
+    along = (back * x).sum(-1) / x.square().sum(-1)
+    assert torch.allclose(along, torch.ones(300), atol=2e-3)  # scale and zero are rounded once more
+    bare = dequantize(*quantize(x, bits, search=False, stretch=False), bits, x.dtype)
+    assert ((bare * x).sum(-1) / x.square().sum(-1) - 1).abs().mean() > 3 * (along - 1).abs().mean()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -104,13 +116,14 @@ def test_compiled_loops_do_what_tensor_operations_do(n, bits, monkeypatch):
     assert quantization._compiled() is not None
     monkeypatch.setattr(quantization, "_compiled", lambda: None)
     expected, expected_scales = quantize(x, bits)
-    differ = (codes != expected).any(-1) | (scales != expected_scales).any(-1)
+    close = torch.isclose(scales.float(), expected_scales.float(), rtol=2**-9, atol=2**-23)  # the last digit
+    differ = (codes != expected).any(-1) | ~close.all(-1)
     assert differ.float().mean() < 0.002, "more than ties between two grids"
     errors = [
         (dequantize(*each, bits, x.dtype) - x).square().sum(-1)
         for each in ((codes, scales), (expected, expected_scales))
     ]
-    torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*errors, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -26,7 +26,7 @@ def replaced_by_hand(model, ids, at, bits, horizon):
     row = torch.tensor([ids])
     full = DynamicCache(config=model.config)
     reference = model(input_ids=row, cache=full).logits[0]
-    states = text_states(full)
+    states = text_states(full, model.config)
     cache = DynamicCache(config=model.config)
     model(input_ids=row[:, : at + 1], cache=cache)
     for number, layer in enumerate(cache.layers):

@@ -11,7 +11,7 @@ Shapes: L layers that are stored together, B rows of the batch, H key/value head
 
 from helpers.cache.accounting import code_bits, live_bytes, stored_bytes
 from helpers.cache.attention.dispatch import implementation_name, use_packed_attention
-from helpers.cache.balance import Balance
+from helpers.cache.balance import Balance, key_balance_of, use_key_balance
 from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.cache.plan import Demotion, Plan, Step
@@ -29,9 +29,11 @@ __all__ = [
     "dequantize",
     "explain_out_of_memory",
     "implementation_name",
+    "key_balance_of",
     "live_bytes",
     "quantize",
     "rotation_matrix",
     "stored_bytes",
+    "use_key_balance",
     "use_packed_attention",
 ]

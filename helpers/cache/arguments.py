@@ -47,6 +47,8 @@ def check_settings(
         raise ValueError(f"sinks must be a number of tokens from 0 to {MOST_SINKS}, got {sinks!r}")
     if centre not in CENTRES:
         raise ValueError(f"centre must be one of {CENTRES}, got {centre!r}")
+    if not isinstance(balance, Balance | None):
+        raise ValueError(f"balance must be a Balance, 'model' or None, got {balance!r}")
     if balance is not None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         expected = [config.num_hidden_layers, heads, head_dim(config), head_dim(config)]

@@ -6,10 +6,12 @@ the product of the traces of both moments least, and with it what an error of ke
 have the same moments afterwards. The idea of rotating keys by what queries look at is OSCAR's (arXiv 2605.17757).
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from helpers.cache.quantization import rotation_matrix
 
@@ -57,6 +59,25 @@ class Balance:
             both = chosen @ rotation, torch.linalg.inv(chosen).mT @ rotation
             self._made[key] = tuple(x.unsqueeze(1).to(device, dtype).contiguous() for x in both)
         return self._made[key]
+
+
+_OF_MODELS: dict[int, tuple[weakref.ref, Balance]] = {}  # by the identity of the model's configuration
+
+
+def use_key_balance(model: PreTrainedModel, balance: Balance | None) -> PreTrainedModel:
+    """Have every packed cache made from `model.config` from now on balance its keys by `balance` (None: by none)."""
+    config = model.config.get_text_config(decoder=True)
+    key = id(config)
+    _OF_MODELS.pop(key, None)
+    if balance is not None:
+        _OF_MODELS[key] = weakref.ref(config, lambda _: _OF_MODELS.pop(key, None)), balance
+    return model
+
+
+def key_balance_of(config: PreTrainedConfig) -> Balance | None:
+    """What `use_key_balance` gave the model of this configuration; a copy of a configuration has none."""
+    known = _OF_MODELS.get(id(config.get_text_config(decoder=True)))
+    return None if known is None else known[1]
 
 
 def _shrunk(moments: torch.Tensor) -> torch.Tensor:

@@ -10,29 +10,27 @@ import torch
 
 from helpers.cache.rotary import Rotary
 
-CENTRE_TOKENS = 16  # real tokens that are there before anything is coded, whose mean is a centre that stays
-MEAN_TOKENS = 64  # whose mean is a centre that turns, at most
-# Keys are centred by half the mean of their first tokens. Rotary embedding turns the mean of distant keys away from
-# that of the first: with all of it 4-bit KL on far tokens of real text is 0.019, with half 0.015, with none 0.014;
-# on texts of 256 tokens that the model wrote itself 0.010, 0.010 and 0.015 (stories3M). Centring values gains nothing.
-CENTRE_SHARE = 0.5
+CENTRE_TOKENS = 16  # real tokens that are there before anything is coded
+MEAN_TOKENS = 64  # whose mean is the centre, at most
 CELLS_AT_ONCE = 16  # by which the table of phases grows
 EVERYWHERE = 2**40  # tokens of a cell of a centre that does not turn
 
 
 class Centre:
-    """Centring vectors of L layers, B rows and H heads; `mean` `[L, B, H, D]` is None until it is fixed."""
+    """Centring vectors of L layers, B rows and H heads; `mean` `[L, B, H, D]` is None until it is fixed.
+
+    Of keys only: centring values gains nothing.
+    """
 
     def __init__(
         self,
-        rotary: Rotary | None,
+        rotary: Rotary,
         block: int,
         sinks: int,
         note: Callable[..., None] = lambda *tensors: None,
     ):
-        """`rotary` is how keys turn, None for a centre that stays; the first `sinks` real tokens are left out of it."""
-        self.rotary, self.sinks, self.note = rotary or Rotary(), sinks, note
-        self.share, self.tokens = (CENTRE_SHARE, CENTRE_TOKENS) if rotary is None else (1.0, MEAN_TOKENS)
+        """`rotary` is how keys turn, if at all; the first `sinks` real tokens are left out of the mean."""
+        self.rotary, self.sinks, self.note = rotary, sinks, note
         self.turns = self.rotary.pairs > 0
         self.cell = block if self.turns else EVERYWHERE  # tokens that share one vector
         self.mean: torch.Tensor | None = None
@@ -41,7 +39,7 @@ class Centre:
     @property
     def needed(self) -> int:
         """How many of the first tokens it looks at, where none are padding."""
-        return self.sinks + self.tokens
+        return self.sinks + MEAN_TOKENS
 
     def fix(
         self,
@@ -72,7 +70,7 @@ class Centre:
         if self.mean is None:
             self.mean = mean.new_zeros(count or len(mean), *mean.shape[1:])
             self.note(self.mean)
-        self.mean[layers] = self.share * mean
+        self.mean[layers] = mean
 
     def reserve(self, length: int) -> bool:
         """Have the phases of `length` tokens, before any of them is coded or read; whether there are new ones."""

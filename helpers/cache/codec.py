@@ -6,7 +6,7 @@ of tokens, buckets or layers, but that the leading dimensions of states are L la
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,7 +16,7 @@ from helpers.cache.quantization import FULL_WIDTH, bytes_per_vector, dequantize,
 from helpers.cache.rotary import Rotary
 
 QUANTIZERS = ("rotated", "minmax")
-CENTRES = ("first", "rotary", "none")  # what keys are centred by
+CENTRES = ("rotary", "none")  # what keys are centred by
 
 
 @dataclass
@@ -41,15 +41,16 @@ class Codec:
         basis: torch.Tensor | None = None,
         dual: torch.Tensor | None = None,
         centre: Centre | None = None,
+        stretch: bool = False,
         note: Callable[..., None] = lambda *tensors: None,
     ):
         """`dtype` is the states'. Without `basis` states are coded as they are, minimum to maximum.
 
         `basis` `[D, D]`, or `[L, 1, H, D, D]` of each head, is what centred states are multiplied by; `dual` is the
-        transpose of its inverse (a rotation's is the rotation): what is to meet states is multiplied by that. `note`
-        is told of the larger tensors that are made on the way.
+        transpose of its inverse (a rotation's is the rotation): what is to meet states is multiplied by that. `stretch`
+        is of `quantize`. `note` is told of the larger tensors that are made on the way.
         """
-        self.note = note
+        self.note, self.stretch = note, stretch
         self.dtype = torch.promote_types(dtype, torch.float32)  # of all arithmetic
         self.full_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16  # of 16-bit codes
         self.basis, self.dual, self.centre = basis, basis if dual is None else dual, centre
@@ -113,7 +114,7 @@ class Codec:
         return turned
 
     def _quantize(self, turned: torch.Tensor, bits: int) -> Codes:
-        return self._noted(Codes(bits, *quantize(turned, bits, self.basis is not None, self.note)))
+        return self._noted(Codes(bits, *quantize(turned, bits, self.basis is not None, self.stretch, self.note)))
 
     def _noted(self, codes: Codes) -> Codes:
         self.note(codes.codes, *(() if codes.scales is None else (codes.scales,)))
@@ -200,10 +201,11 @@ class Coding:
 
     quantizer: str = "rotated"  # or "minmax": neither rotated nor centred nor balanced
     block: int = 16
-    sinks: int = 0  # first real tokens of a row that stay at 16 bits
-    centre: str = "first"  # of keys; one of `CENTRES`
-    rotary: Rotary | None = None  # how the model turns keys
+    sinks: int = 4  # first real tokens of a row that stay at 16 bits
+    centre: str = "rotary"  # of keys; one of `CENTRES`
+    rotary: Rotary = field(default_factory=Rotary)  # how the model turns keys
     balance: Balance | None = None
+    stretch: bool = True  # codes until they are as long as what they stand for; of rotated ones
 
     @property
     def needs_no_tokens(self) -> bool:
@@ -229,6 +231,6 @@ class Coding:
             turns = self.balance.turns(layers, keys.device, dtype)
         centre = None
         if self.centre != "none":
-            rotary = (self.rotary or Rotary()) if self.centre == "rotary" else None
-            centre = Centre(rotary, self.block, self.sinks, note)
-        return Codec(keys.dtype, *turns, centre, note), Codec(keys.dtype, rotations[dims[1]], note=note)
+            centre = Centre(self.rotary, self.block, self.sinks, note)
+        value = Codec(keys.dtype, rotations[dims[1]], stretch=self.stretch, note=note)
+        return Codec(keys.dtype, *turns, centre, self.stretch, note), value

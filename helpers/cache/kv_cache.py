@@ -8,6 +8,8 @@ the cache does that by itself, without it somebody calls `commit`, as `policies.
 pending can later be settled: moved to another width. The cache knows nothing of how widths are chosen.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
@@ -15,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from helpers.cache.accounting import Accounting
 from helpers.cache.arguments import check_settings, check_settling, head_dim, refuse_unsupported, token_widths
-from helpers.cache.balance import Balance
+from helpers.cache.balance import Balance, key_balance_of
 from helpers.cache.bucket import Stage
 from helpers.cache.centre import CENTRE_TOKENS
 from helpers.cache.codec import Coding
@@ -26,7 +28,7 @@ from helpers.cache.peak import PeakBytes
 from helpers.cache.plan import Plan, Scores, Step
 from helpers.cache.prompt import ReadsPrompts
 from helpers.cache.quantization import Widths, width_pair
-from helpers.cache.rotary import rotary_of
+from helpers.cache.rotary import Rotary, rotary_of
 from helpers.cache.store import PackedStore
 
 NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles them
@@ -41,14 +43,17 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         bits: width at which the cache commits by itself, or a pair (key bits, value bits); None leaves committing to
             the caller, and without one everything stays in full precision.
         block: tokens that are committed together, 1 to 254; a tail of up to `block` tokens stays in full precision.
-        quantizer: "rotated" (keys centred, both rotated, 2-bit step searched) or "minmax" (plain per token).
+        quantizer: "rotated" (keys centred and balanced, both rotated, 2-bit step searched) or "minmax" (plain per
+            token).
         max_length: slots that a bucket reserves at once; without it buckets grow as needed.
         sinks: real tokens at the beginning of each row that stay at 16 bits, 0 to 8 (attention leans on them:
             StreamingLLM, arXiv 2309.17453).
-        centre: what is taken from keys before they are coded: "first" (half the mean of the first 16), "rotary" (the
-            mean of up to 64 un-rotated keys, turned to the middle of each block; gains little on models that rotate
-            neighbouring numbers instead of halves, as GLM does) or "none".
-        balance: linear maps under which errors of keys do least harm, of the model's own `calibrate-keys` file.
+        centre: what is taken from keys before they are coded: "rotary" (the mean of up to 64 un-rotated keys, turned to
+            the middle of each block; gains little on models that rotate neighbouring numbers instead of halves, as GLM
+            does) or "none".
+        balance: linear maps under which errors of keys do least harm; "model" takes those that the model was given by
+            `use_key_balance`, if any (`load_model` does it where there is a file of `calibrate-keys`).
+        stretch: whether codes below 8 bits are stretched until they are as long as what they stand for (`quantize`).
 
     Packed attention tells the cache which tokens are padding; with any other attention, padding of left-padded rows
     enters the centring vectors unless `cache.visible` is set to the attention mask (as `PolicyDriver.prefill` does).
@@ -63,15 +68,18 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         block: int = 16,
         quantizer: str = "rotated",
         max_length: int | None = None,
-        sinks: int = 0,
-        centre: str = "first",
-        balance: Balance | None = None,
+        sinks: int = 4,
+        centre: str = "rotary",
+        balance: Balance | Literal["model"] | None = "model",
+        stretch: bool = True,
     ):
         refuse_unsupported(config)
         self.config = config.get_text_config(decoder=True)
+        if isinstance(balance, str) and balance == "model":
+            balance = None if quantizer == "minmax" else key_balance_of(self.config)
         check_settings(block, quantizer, max_length, sinks, centre, balance, self.config)
-        rotary = rotary_of(self.config, head_dim(self.config)) if centre == "rotary" else None
-        self.coding = Coding(quantizer, block, sinks, centre, rotary, balance)
+        rotary = rotary_of(self.config, head_dim(self.config)) if centre == "rotary" else Rotary()
+        self.coding = Coding(quantizer, block, sinks, centre, rotary, balance, stretch)
         self.plan = None if bits is None else Plan(width_pair(bits))  # what is done by itself, if anything
         self.holds = False  # whether the tokens of a prompt wait at 8 bits for somebody to choose their widths
         self.block, self.max_length = block, max_length

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from helpers.cache.compiling import compilers
+from helpers.cache.quantization import STRETCH
 
+LEAST, MOST = map(np.float32, STRETCH)
 EXPONENT = np.int32(0x7F800000)  # bits of a float32 that are all set where it is NaN or infinite
 MATH = {"reassoc", "nsz", "contract"}  # not "arcp": codes are those of a true division
 _compiled, _inlined = compilers(MATH)
@@ -55,39 +57,45 @@ def _ends(x, patterns, shares, low, high):
 
 
 @_inlined
-def _write_codes(x, n, scales, bits, top, packed):
+def _write_codes(x, n, scales, bits, top, packed, stretch):
     part = n * bits // 8
     for v in range(len(x)):
-        row, out, zero = x[v], packed[v], scales[v, 1]
-        safe = scales[v, 0] if scales[v, 0] > 0 else np.float32(1)
+        row, out, scale, zero = x[v], packed[v], scales[v, 0], scales[v, 1]
+        safe = scale if scale > 0 else np.float32(1)
+        squares, along = np.float32(0), np.float32(0)
         for j in range(part):
             byte = np.int32(0)
             for field in range(8 // bits):
-                code = min(max(np.rint((row[field * part + j] - zero) / safe), np.float32(0)), top)
+                number = row[field * part + j]
+                code = min(max(np.rint((number - zero) / safe), np.float32(0)), top)
                 byte |= np.int32(code) << np.int32(field * bits)
+                squares += number * number
+                along += number * (code * scale + zero)
             out[j] = byte
+        if len(stretch):
+            stretch[v] = min(max(squares / along, LEAST), MOST) if along > 0 else np.float32(1)
 
 
 @_inlined
-def _write_any(x, n, scales, bits, packed):
+def _write_any(x, n, scales, bits, packed, stretch):
     if bits == 2:
-        _write_codes(x, n, scales, 2, np.float32(3), packed)
+        _write_codes(x, n, scales, 2, np.float32(3), packed, stretch)
     elif bits == 4:
-        _write_codes(x, n, scales, 4, np.float32(15), packed)
+        _write_codes(x, n, scales, 4, np.float32(15), packed, stretch)
     else:
-        _write_codes(x, n, scales, 8, np.float32(255), packed)
+        _write_codes(x, n, scales, 8, np.float32(255), packed, stretch)
 
 
 @_compiled
-def _pack(x, scales, bits, packed):
+def _pack(x, scales, bits, packed, stretch):
     if x.shape[1] == 64:
-        _write_any(x, 64, scales, bits, packed)
+        _write_any(x, 64, scales, bits, packed, stretch)
     elif x.shape[1] == 128:
-        _write_any(x, 128, scales, bits, packed)
+        _write_any(x, 128, scales, bits, packed, stretch)
     elif x.shape[1] == 32:
-        _write_any(x, 32, scales, bits, packed)
+        _write_any(x, 32, scales, bits, packed, stretch)
     else:
-        _write_any(x, x.shape[1], scales, bits, packed)
+        _write_any(x, x.shape[1], scales, bits, packed, stretch)
 
 
 @_inlined_exactly
@@ -135,11 +143,15 @@ def ends(x: torch.Tensor, shares: tuple[float, ...]) -> tuple[torch.Tensor, torc
     return low, high
 
 
-def pack(x: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest codes of `x` `[vectors, n]` for `scales` `[vectors, 2]` (scale, zero), packed like `pack_codes`."""
+def pack(x: torch.Tensor, scales: torch.Tensor, bits: int, stretched: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The nearest codes of `x` `[vectors, n]` for `scales` `[vectors, 2]` (scale, zero), packed like `pack_codes`.
+
+    With them, if `stretched`, what these scales are to be multiplied by, `[vectors, 1]` (see `quantize`).
+    """
     packed = x.new_empty(len(x), x.shape[1] * bits // 8, dtype=torch.uint8)
-    _pack(x.numpy(), scales.numpy(), bits, packed.numpy())
-    return packed
+    stretch = x.new_empty(len(x) if stretched else 0, 1)
+    _pack(x.numpy(), scales.numpy(), bits, packed.numpy(), stretch.numpy()[:, 0])
+    return packed, stretch if stretched else None
 
 
 def unpack(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 import pandas as pd
 import torch
 
+from helpers.cache import key_balance_of, use_key_balance
 from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
@@ -15,7 +16,6 @@ from helpers.evaluation.methods import coding_methods, default_methods, multiple
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
 from helpers.models import (
-    KEY_BALANCE,
     Part,
     check_context,
     load_balance,
@@ -68,9 +68,9 @@ class CompareOptions(Sources):
     count: int = 200  # multiple-choice items, drawn at random; 0 for none
     max_rows: int = 200  # sequences of the testing part of the texts at most, evenly spaced
     length: int = 512  # tokens of a sequence; its second half counts
-    # All; what answers the assignment; what chooses endings; or static storage with better and better coding of keys.
+    # All; what answers the assignment; what chooses endings; or static storage without and with our coding of keys.
     methods: Literal["all", "seven", "choices", "coding"] = "all"
-    balance: str | None = None  # file of balanced keys instead of the preset's, for --methods coding
+    balance: str | None = None  # file of balanced keys instead of the model's own
     rounds: int = 3  # rounds of timed decoding; 0 for none
     name: str | None = None  # of the result files instead of baseline_comparison or ..._MODEL
     batch: int = 25  # sequences read at once: what several processes share out
@@ -82,14 +82,18 @@ def compare(options: CompareOptions) -> None:
     source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
     items_source = options.find(options.items, preset.multiple_choice)
     chosen = {"all": default_methods, "seven": seven_methods, "choices": multiple_choice_methods}
-    if options.methods in chosen:
-        methods = chosen[options.methods](options.controllers or preset.data_dir / "controllers")
+    coding = options.methods == "coding"
+    methods = (
+        coding_methods() if coding else chosen[options.methods](options.controllers or preset.data_dir / "controllers")
+    )
     with one_first():
         texts = load_stories(texts_source, preset.test_split)
         found = load_multiple_choice(items_source, preset.test_split) if options.count else Part()
         model, tokenizer = load_model(source, quiet=not is_main_process())
-    if options.methods == "coding":
-        methods = coding_methods(load_balance(options.balance or preset.data_dir / KEY_BALANCE, model))
+    if options.balance:
+        use_key_balance(model, load_balance(options.balance, model))
+    if coding and key_balance_of(model.config) is None:
+        raise ValueError(f"model {source} has no file of balanced keys: python main.py calibrate-keys makes one")
     ids = take_sequences(tokenizer, texts, options.length, options.max_rows)
     check_context(model, options.length)
     items = sample_items(found, min(options.count, len(found)), options.seed) if found else []

@@ -6,7 +6,7 @@ prompt in one forward and then tokens one by one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +128,9 @@ def _schedule_pairs(methods: Sequence[Method]) -> list[tuple[str, str]]:
 
 
 def _coding_pairs(methods: Sequence[Method]) -> list[tuple[str, str]]:
-    """Each policy that codes keys in another way against the same policy without."""
+    """Each policy with the usual coding of keys against the same policy without parts of it."""
     packed = [m for m in methods if isinstance(m, PackedMethod) and m.quantizer == "rotated"]
-    return [(m.name, replace(m, sinks=0, centre="first", balance=None).name) for m in packed if m.coding]
+    return [(PackedMethod(m.policy, m.block).name, m.name) for m in packed if m.coding]
 
 
 def standard_pairs(comparison: Comparison) -> pd.DataFrame:

@@ -33,7 +33,9 @@ class _Side:
     def quantize_oldest(self, tokens: int) -> None:
         """Quantize the oldest `tokens` tokens of those in full precision."""
         if tokens:
-            codes, scales = quantize(self._grouped(self.newest[:, :, :tokens].float()), self.bits, search=False)
+            codes, scales = quantize(
+                self._grouped(self.newest[:, :, :tokens].float()), self.bits, search=False, stretch=False
+            )
             self.codes.append(codes)
             self.scales.append(scales)
             self.newest = self.newest[:, :, tokens:].clone()

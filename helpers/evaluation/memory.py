@@ -23,7 +23,7 @@ from helpers.evaluation.methods import FullPrecision, Group, Method, PackedMetho
 from helpers.evaluation.tracing import trace_cache
 from helpers.io import ROOT
 from helpers.models import SHAPES, shape_config
-from helpers.policies import COMPACT_SCHEDULE, QUALITY_SCHEDULE, FixedBits, LearnedController, RandomBits
+from helpers.policies import COMPACT_SCHEDULE, MIDDLE_SCHEDULE, FixedBits, LearnedController, RandomBits
 
 EMBEDDED = "embedded large"
 DECODED = 64  # tokens that are decoded after a prompt, whole blocks
@@ -51,7 +51,7 @@ def memory_config(shape: str) -> PreTrainedConfig:
 def memory_methods() -> list[Group]:
     """Full precision, fixed widths, learned schedules, widths token by token, and the library's quantized caches."""
     folder = ROOT / "data" / "controllers"
-    learned = [LearnedController.load(folder, "settle", *steps) for steps in (QUALITY_SCHEDULE, COMPACT_SCHEDULE)]
+    learned = [LearnedController.load(folder, "settle", *steps) for steps in (COMPACT_SCHEDULE, MIDDLE_SCHEDULE)]
     return [
         Group("full precision", [FullPrecision()]),
         Group("static", [PackedMethod(FixedBits(bits)) for bits in (4, 2)]),

@@ -41,7 +41,7 @@ def _of(column: str, method: str, table: pd.DataFrame) -> pd.Series:
 
 
 def _quality(table: pd.DataFrame) -> pd.Series:
-    return table["method"].str.startswith("8-4-2") & (table["group"] == LEARNED)
+    return table["method"].str.startswith("4-2 ") & (table["group"] == LEARNED)
 
 
 def _learned_held(least: int) -> Callable[[pd.DataFrame], pd.Series]:
@@ -66,7 +66,7 @@ def _against(backend: str, tokens: int) -> MemoryTarget:
         ours = ((table["method"] == STATIC) | _quality(table)) & (table["tokens"] == tokens)
         return _of("peak_bytes", name, table).where(ours)
 
-    return MemoryTarget(f"peak, {tokens:,} tokens: static 4-bit and learned 8-4-2 over {name}", 1.0, ratio, strict=True)
+    return MemoryTarget(f"peak, {tokens:,} tokens: static 4-bit and learned 4-2 over {name}", 1.0, ratio, strict=True)
 
 
 MEMORY_TARGETS = (
@@ -74,8 +74,8 @@ MEMORY_TARGETS = (
     MemoryTarget("held over live from 256 tokens on, fixed widths and schedules", 1.12, _held_over_live(FIXED, 256)),
     MemoryTarget("held over live from 512 tokens on, widths token by token", 1.12, _held_over_live((TOKENS,), 512)),
     MemoryTarget("held over live from 256 tokens on, widths token by token", 1.25, _held_over_live((TOKENS,), 256)),
-    MemoryTarget("held, learned 8-4-2 over static 4-bit, at every length", 1.0, _learned_held(0), strict=True),
-    MemoryTarget("held, learned 8-4-2 over static 4-bit, from 4,096 tokens on", 0.80, _learned_held(4096)),
+    MemoryTarget("held, learned 4-2 over static 4-bit, at every length", 1.0, _learned_held(0), strict=True),
+    MemoryTarget("held, learned 4-2 over static 4-bit, from 4,096 tokens on", 0.80, _learned_held(4096)),
     MemoryTarget(
         "peak, 4,096 tokens, fixed widths and schedules, over live bytes and two layers in full precision",
         TWO_LAYERS, _two_layers,

@@ -9,11 +9,12 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import QuantizedCache
 
-from helpers.cache import Balance, PackedKVCache
+from helpers.cache import PackedKVCache
 from helpers.cache.arguments import head_dim
 from helpers.evaluation.kivi import KiviCache
 from helpers.policies import CachedModel, EntropyRule, FixedBits, LearnedController, Policy, PolicyDriver, Step
@@ -29,9 +30,10 @@ class PackedMethod:
     policy: Policy
     block: int = 16
     quantizer: str = "rotated"
-    sinks: int = 0
-    centre: str = "first"
-    balance: Balance | None = None
+    sinks: int = 4
+    centre: str = "rotary"
+    balance: Literal["model"] | None = "model"
+    stretch: bool = True
 
     @property
     def name(self) -> str:
@@ -40,19 +42,16 @@ class PackedMethod:
 
     @property
     def coding(self) -> str:
-        """What is not as usual in how tokens are coded, each part after a comma."""
-        return (
-            ", plain min-max" * (self.quantizer == "minmax")
-            + f", {self.sinks} sinks" * (self.sinks > 0)
-            + {"first": "", "rotary": ", rotary mean", "none": ", not centred"}[self.centre]
-            + ", balanced keys" * (self.balance is not None)
-        )
+        """What is not as usual in how tokens are coded, after a comma."""
+        parts = {"sinks": self.sinks > 0, "rotary mean": self.centre == "rotary", "balance": self.balance is not None}
+        parts["stretch"] = self.stretch
+        lacking = [part for part, there in parts.items() if not there]
+        return ", plain min-max" * (self.quantizer == "minmax") + f", no {', no '.join(lacking)}" * bool(lacking)
 
     def open(self, model: PreTrainedModel, text: int = 0) -> CachedModel:
         """`model` with an empty cache and the driver that commits to it; `text` seeds random policies."""
-        cache = PackedKVCache(
-            model.config, None, self.block, self.quantizer, None, self.sinks, self.centre, self.balance
-        )
+        coding = self.sinks, self.centre, self.balance, self.stretch
+        cache = PackedKVCache(model.config, None, self.block, self.quantizer, None, *coding)
         return CachedModel(model, cache, PolicyDriver(model, cache, self.policy.for_text(text)))
 
 
@@ -139,6 +138,12 @@ def stock_methods() -> list[StockQuantized]:
     return [method for method in map(StockQuantized, BACKENDS) if method.installed]
 
 
+def _others() -> list[StockQuantized | Kivi]:
+    """What others do, also with few tokens in full precision: 128 of them outweigh the rest of a text of hundreds."""
+    kivi = [Kivi(bits, residual) for bits in (4, 2) for residual in (128, 32)]
+    return [*(replace(each, residual=16) for each in stock_methods()), *kivi]
+
+
 def _packed(*policies: Policy) -> list[PackedMethod]:
     return [PackedMethod(policy) for policy in policies]
 
@@ -158,7 +163,7 @@ def seven_methods(controllers: str | Path) -> list[Group]:
     return [
         Group("full precision", [FullPrecision()]),
         Group("static", _packed(FixedBits(4))),
-        Group("rule", _packed(EntropyRule())),
+        Group("rule", _packed(EntropyRule.load(controllers))),
         Group("learned at commit", _packed(imitation)),
         Group("learned at settle", _packed(settle)),
         Group("schedule", _packed(control)),
@@ -173,26 +178,19 @@ def multiple_choice_methods(controllers: str | Path) -> list[Group]:
     return [
         Group("full precision", [FullPrecision()]),
         Group("static", [eight, four, replace(four, quantizer="minmax"), two]),
-        Group("rule", _packed(EntropyRule()), random_control=True),
+        Group("rule", _packed(EntropyRule.load(controllers)), random_control=True),
         Group("learned at commit", _packed(imitation), random_control=True),
         Group("learned at settle", _settled(controllers)),
         Group("stock", stock_methods()[:1]),
     ]
 
 
-def coding_methods(balance: Balance) -> list[Group]:
-    """Static storage at 4 and 2 bits as it is by default and with each part of a better coding of keys added; beside it
-    the library's quantized caches and KIVI's scheme, each also with fewer tokens in full precision."""
-    parts = ({}, {"sinks": 4}, {"sinks": 4, "centre": "rotary"}, {"sinks": 4, "centre": "rotary", "balance": balance})
-    static = [PackedMethod(FixedBits(bits), **part) for bits in (4, 2) for part in parts]
-    stock = [replace(method, residual=residual) for method in stock_methods() for residual in (128, 16)]
-    kivi = [Kivi(bits, residual) for bits in (4, 2) for residual in (128, 32)]
-    return [
-        Group("full precision", [FullPrecision()]),
-        Group("static", static),
-        Group("stock", stock),
-        Group("stock", kivi, chooses_endings=False),
-    ]
+def coding_methods() -> list[Group]:
+    """Static storage at 4 and 2 bits: rotated alone, then with each part of the coding added."""
+    off = {"sinks": 0, "centre": "none", "balance": None, "stretch": False}
+    added = [dict(list(off.items())[count:]) for count in range(len(off) + 1)]
+    static = [PackedMethod(FixedBits(bits), **part) for bits in (4, 2) for part in added]
+    return [Group("full precision", [FullPrecision()]), Group("static", static)]
 
 
 def default_methods(controllers: str | Path) -> list[Group]:
@@ -203,14 +201,16 @@ def default_methods(controllers: str | Path) -> list[Group]:
     """
     imitation, commit = (LearnedController.load(controllers, name) for name in ("imitation", "commit"))
     ranked = [AgeSchedule(*schedule, ranking) for schedule in SCHEDULES for ranking in RANKINGS]
-    widths = [PackedMethod(FixedBits(bits), quantizer=q) for bits in (8, 4, 2) for q in ("rotated", "minmax")]
-    simple = AgeSchedule(4, (Step(3, 2),)), AgeSchedule(8, (Step(3, 4), Step(6, 2)))
+    widths = _packed(*map(FixedBits, (8, 4, 2)))
+    plain = [replace(method, quantizer="minmax") for method in widths[1:]]
+    simple = AgeSchedule(8, (Step(3, 4),)), AgeSchedule(4, (Step(8, (4, 2)),)), AgeSchedule(4, (Step(8, 2),))
     return [
         Group("full precision", [FullPrecision()]),
-        Group("static", widths),
-        Group("rule", _packed(EntropyRule()), random_control=True),
+        Group("static", [*widths, *plain]),
+        Group("rule", _packed(EntropyRule.load(controllers)), random_control=True),
         Group("schedule", _packed(*simple, *ranked), chooses_endings=False),
         Group("learned at commit", _packed(imitation, commit.at_average(4.0)), random_control=True),
         Group("learned at settle", _settled(controllers)),
         Group("stock", stock_methods()),
+        Group("stock", _others(), chooses_endings=False),
     ]

@@ -5,10 +5,11 @@ the hub, a file, or a folder of files (`text_files`), and `splits` says which of
 Knows nothing of policies or measurements. Models are loaded ready for packed attention (`helpers.cache`).
 """
 
+from helpers.models.fingerprint import fingerprint
 from helpers.models.hub import HubError
 from helpers.models.items import MultipleChoice, load_multiple_choice, sample_items, sample_texts
-from helpers.models.key_balance import KEY_BALANCE, load_balance, save_balance
-from helpers.models.loading import choose_device, fingerprint, load_model, model_name, placement
+from helpers.models.key_balance import KEY_BALANCE, balance_path, load_balance, save_balance
+from helpers.models.loading import choose_device, load_model, model_name, placement
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.presets import PRESETS, Preset, get_preset
 from helpers.models.sequences import take_sequences
@@ -20,8 +21,8 @@ from helpers.models.tokens import check_context, check_not_empty, encode, pack_t
 
 __all__ = [
     "KEY_BALANCE", "PRESETS", "SHAPES", "TEXT_FILES", "Article", "HubError", "MultipleChoice", "Part", "Preset",
-    "check_context", "check_not_empty", "choose_device", "encode", "fingerprint", "get_preset", "in_folder",
-    "load_articles", "load_balance", "load_last", "load_model", "load_multiple_choice", "load_paragraphs",
+    "balance_path", "check_context", "check_not_empty", "choose_device", "encode", "fingerprint", "get_preset",
+    "in_folder", "load_articles", "load_balance", "load_last", "load_model", "load_multiple_choice", "load_paragraphs",
     "load_stories", "model_name", "pack_tokens", "placement", "random_model", "read_stories", "sample_items",
     "sample_texts", "save_balance", "shape_config", "split_holdout", "take_sequences", "use_onednn_linear",
     "weight_count",

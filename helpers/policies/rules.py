@@ -1,14 +1,19 @@
 """Policies that decide at commit by a rule: fixed widths, the entropy rule, and the random control."""
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from helpers.cache.plan import Plan
 from helpers.cache.quantization import WIDTHS, check_width
+from helpers.io import provenance, relative_to_root, write_json
 from helpers.policies.features import TokenFeatures
 from helpers.policies.policy import Policy
+
+RULE = "rule.json"  # its file, beside the controllers
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class FixedBits(Policy):
 class EntropyRule(Policy):
     """The rule-based dynamic policy: the less certain the model, the wider the token.
 
-    Entropy (nats) below the first threshold gives 2 bits, then 4, 8 and, from the last threshold on, 16.
+    Entropy (nats) below the first threshold gives 2 bits, then 4, 8 and, from the last threshold on, 16. The default
+    thresholds are the assignment's; `training.calibrate_rule` finds a model's own, and `load` reads them.
     """
 
     thresholds: tuple[float, float, float] = (2.0, 4.0, 6.0)
@@ -48,6 +54,26 @@ class EntropyRule(Policy):
             a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False)
         ):
             raise ValueError(f"thresholds must be three rising entropies in nats, got {self.thresholds}")
+
+    @staticmethod
+    def load(folder: str | Path) -> "EntropyRule":
+        """The rule that `save` wrote beside the controllers in `folder`.
+
+        Raises `FileNotFoundError` where there is none, and `ValueError` for a file that holds no thresholds.
+        """
+        path = Path(folder) / RULE
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {RULE} in {folder}: notebook 01 or python main.py collect writes one")
+        try:
+            return EntropyRule(tuple(map(float, json.loads(path.read_text(encoding="utf-8"))["thresholds"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{relative_to_root(path)} holds no thresholds of a rule ({error})") from error
+
+    def save(self, folder: str | Path, about: dict[str, object]) -> Path:
+        """Write the thresholds with `about` and provenance beside the controllers in `folder`."""
+        path = Path(folder) / RULE
+        write_json(path, {"thresholds": self.thresholds, **about, **provenance()})
+        return path
 
     def widths(self, features: TokenFeatures, batch: int, tokens: int) -> torch.Tensor:
         entropy = features.entropy

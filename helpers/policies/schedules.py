@@ -24,8 +24,8 @@ class Schedule(Policy):
     Reads no logits, so that it works in plain `generate()` and under beams. Raises `ValueError` unless ages rise and
     only the last step keeps tokens.
 
-    >>> Schedule((8, 4), (Step(3, (4, 2)), Step(6, (2, 2)))).movement  # widths in order, and ages in blocks
-    'K8-4-2 V4-2-2 @3,6'
+    >>> Schedule(8, (Step(3, (8, 4)), Step(6, (4, 2)))).movement  # widths in order, and ages in blocks
+    'K8-8-4 V8-4-2 @3,6'
     """
 
     commit: Widths
@@ -43,8 +43,8 @@ class Schedule(Policy):
     @property
     def movement(self) -> str:
         """`8-4-2 @3,6`: widths in order and ages in blocks; keys and values apart where they differ."""
-        pairs = [width_pair(bits) for bits in (self.commit, *(step.bits for step in self.steps))]
-        keys, values = ("-".join(str(pair[side]) for pair in pairs) for side in (0, 1))
+        sides = zip(*(width_pair(bits) for bits in (self.commit, *(step.bits for step in self.steps))))
+        keys, values = ("-".join(map(str, bits if len(set(bits)) > 1 else bits[:1])) for bits in sides)
         widths = keys if keys == values else f"K{keys} V{values}"
         return f"{widths} @{','.join(str(step.after) for step in self.steps)}"
 
@@ -55,9 +55,13 @@ class Schedule(Policy):
 
     @property
     def kept(self) -> str:
-        """`best 25%`, or `best K25% V50%` where keys and values keep shares of their own."""
-        keys, values = self.steps[-1].shares
-        return f"best {keys:.0%}" if keys == values else f"best K{keys:.0%} V{values:.0%}"
+        """`best 25%`, or `best K25% V50%` where keys and values keep shares of their own; of sides that move at all."""
+        before = width_pair(self.commit if len(self.steps) == 1 else self.steps[-2].bits)
+        moves = [old != new for old, new in zip(before, self.steps[-1].pair, strict=True)]
+        shares = [f"{share:.0%}" for share in self.steps[-1].shares]
+        if all(moves) and shares[0] == shares[1]:
+            return f"best {shares[0]}"
+        return "best " + " ".join(side + share for side, share, moved in zip("KV", shares, moves, strict=True) if moved)
 
     @property
     def needs_received(self) -> bool:
@@ -116,8 +120,10 @@ class AgeSchedule(Schedule):
         return torch.from_numpy(np.concatenate([draw[list(demotion.layers)] for draw in draws], axis=-1))
 
 
-# Commit width and steps of the two schedules that rankings are compared on; ages and shares were chosen on stories
-# that neither training nor test uses (stories3M).
-QUALITY_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (8, (Step(2, 4), Step(5, 2, keep=1 / 4)))
-COMPACT_SCHEDULE: tuple[Widths, tuple[Step, ...]] = ((8, 4), (Step(3, (4, 2)), Step(6, (2, 2), keep=1 / 16)))
-SCHEDULES = (QUALITY_SCHEDULE, COMPACT_SCHEDULE)
+# Commit width and steps of the schedules that rankings are compared on, from many bytes to few. Ages and shares were
+# chosen on training articles that SmolLM2 reads, by KL at equal held bytes: keys stay wider than values.
+FINE_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (8, (Step(3, 4, keep=1 / 16),))
+QUALITY_SCHEDULE: tuple[Widths, tuple[Step, ...]] = ((8, 4), (Step(4, (4, 2), keep=(1 / 16, 1 / 2)),))
+MIDDLE_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (4, (Step(6, (4, 2), keep=1 / 4),))
+COMPACT_SCHEDULE: tuple[Widths, tuple[Step, ...]] = (4, (Step(6, 2, keep=(1 / 2, 1 / 8)),))
+SCHEDULES = (FINE_SCHEDULE, QUALITY_SCHEDULE, MIDDLE_SCHEDULE, COMPACT_SCHEDULE)

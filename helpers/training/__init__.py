@@ -12,13 +12,14 @@ from helpers.training.costs import COST_COLUMNS, load_or_measure_costs, measure_
 from helpers.training.cross_validation import cross_fit, cross_validate_settle, held_out, shuffled_drops
 from helpers.training.exact import exact_costs
 from helpers.training.fisher import fisher_costs, head_costs
+from helpers.training.rule import RULE_SHARES, calibrate_rule
 from helpers.training.settle import SETTLE_LABEL, SettleExamples, settle_examples, train_settle
 from helpers.training.table import ASSIGNMENT_COLUMNS, check_training_data, read_training_data, summarise
 
 __all__ = [
-    "ASSIGNMENT_COLUMNS", "COST_COLUMNS", "SETTLE_LABEL", "LossWeights", "SettleExamples", "check_training_data",
-    "collect", "commit_tasks", "cross_fit", "cross_validate_settle", "exact_costs", "fisher_costs", "head_costs",
-    "held_out", "load_or_measure_costs", "measure_costs", "optimal_bits", "rate_distortion", "read_training_data",
-    "save_commit", "settle_examples", "shuffled_drops", "summarise", "texts_of", "train_commit", "train_controllers",
-    "train_settle", "write_controller_card",
+    "ASSIGNMENT_COLUMNS", "COST_COLUMNS", "RULE_SHARES", "SETTLE_LABEL", "LossWeights", "SettleExamples",
+    "calibrate_rule", "check_training_data", "collect", "commit_tasks", "cross_fit", "cross_validate_settle",
+    "exact_costs", "fisher_costs", "head_costs", "held_out", "load_or_measure_costs", "measure_costs", "optimal_bits",
+    "rate_distortion", "read_training_data", "save_commit", "settle_examples", "shuffled_drops", "summarise",
+    "texts_of", "train_commit", "train_controllers", "train_settle", "write_controller_card",
 ]  # fmt: skip

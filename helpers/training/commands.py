@@ -6,12 +6,22 @@ from pathlib import Path
 from helpers.cache import Balance
 from helpers.io import relative_to_root
 from helpers.io.processes import is_main_process, one_first
-from helpers.models import KEY_BALANCE, encode, load_model, load_stories, sample_items, save_balance, take_sequences
+from helpers.models import (
+    KEY_BALANCE,
+    balance_path,
+    encode,
+    load_model,
+    load_stories,
+    sample_items,
+    save_balance,
+    take_sequences,
+)
 from helpers.models.sources import Sources
 from helpers.policies import EntropyRule
 from helpers.training import collection
 from helpers.training.controllers import train_controllers
 from helpers.training.key_moments import BLOCK, SINKS, key_harm, key_moments
+from helpers.training.rule import calibrate_rule
 from helpers.training.table import summarise
 
 
@@ -22,6 +32,8 @@ class CollectOptions(Sources):
     count: int = 24  # number of texts
     max_tokens: int = 256  # tokens of each text that are read
     block: int = 16  # tokens that are quantized together
+    # Of the rule, three rising entropies in nats, as the assignment's 2 4 6; by default quantiles of these texts.
+    thresholds: tuple[float, float, float] | None = None
 
 
 def collect(options: CollectOptions) -> None:
@@ -36,8 +48,10 @@ def collect(options: CollectOptions) -> None:
     out = Path(options.out or preset.data_dir / "controller_training.csv")
     names = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": found.split}
     names["preset"] = preset.name
-    table = collection.collect(model, ids, out, EntropyRule(), options.block, names)
+    rule = EntropyRule(options.thresholds) if options.thresholds else calibrate_rule(model, ids)
+    table = collection.collect(model, ids, out, rule, options.block, names)
     if is_main_process():
+        rule.save(out.parent / "controllers", names)
         print(summarise(table))
         print(f"\n{len(table)} tokens of {len(ids)} texts -> {relative_to_root(out)}")
 
@@ -59,7 +73,9 @@ def train(options: TrainOptions) -> None:
     out = Path(options.out or preset.data_dir / "controllers")
     short = [ids[:256] for ids in sequences[:: max(1, len(sequences) // 24)]]
     names = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": texts.split}
-    table = collection.collect(model, short, out / "collected.csv", EntropyRule(), source=names)
+    rule = calibrate_rule(model, short)
+    rule.save(out, names)
+    table = collection.collect(model, short, out / "collected.csv", rule, source=names)
     summary = train_controllers(model, table, sequences, out, names["model"], options.seed)
     print(summary.to_string(index=False))
     print(f"controllers of {len(table)} tokens and {len(sequences)} sequences of 512 -> {relative_to_root(out)}")
@@ -78,13 +94,13 @@ def calibrate_keys(options: CalibrateOptions) -> None:
     preset = options.get_preset()
     source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
     texts = load_stories(texts_source, preset.train_split)
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source, balanced=False)
     sequences = take_sequences(tokenizer, texts, options.length, options.rows)
     query, key = key_moments(model, sequences)
     balance = Balance.of_moments(query, key)
     about = {"source": relative_to_root(source), "texts": relative_to_root(texts_source), "split": texts.split}
     about |= {"rows": len(sequences), "length": options.length, "sinks": SINKS, "block": BLOCK}
-    path = save_balance(balance, options.out or preset.data_dir / KEY_BALANCE, model, about)
+    path = save_balance(balance, options.out or balance_path(source) or preset.data_dir / KEY_BALANCE, model, about)
     gain = (key_harm(query, key) / key_harm(query, key, balance.matrices.double())).flatten()
     print(f"an error of keys does {float(gain.median()):.1f} times less harm (median of {len(gain)} heads)")
     print(f"-> {relative_to_root(path)}")

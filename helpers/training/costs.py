@@ -54,7 +54,7 @@ def measure_costs(
         cache = DynamicCache(config=model.config)
         row = torch.tensor([ids], device=model.device)
         logits = model(input_ids=row, cache=cache).logits
-        states = text_states(cache)
+        states = text_states(cache, model.config)
         own = torch.nn.functional.pad(surprisal_of(log_probabilities(logits[:, :-1]), row[:, 1:]), (1, 0))[0]
         key_error, value_error = (x.mean((0, 1, 2)) for x in states.relative_errors(min(WIDTHS)))
         known = {"surprisal": own, "key_error": key_error, "value_error": value_error}

@@ -52,7 +52,7 @@ def exact_costs(
     row = torch.tensor([list(ids)], device=model.device)
     full = DynamicCache(config=model.config)
     reference = model(input_ids=row, cache=full).logits[0]
-    states = text_states(full)
+    states = text_states(full, model.config)
     stored = [states.stored(bits) for bits in widths]
     costs = np.zeros((len(tokens), len(widths)))
     pairs = sorted((t, i, w) for i, t in enumerate(tokens) for w in range(len(widths)))  # token, its place, width's

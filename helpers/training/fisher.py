@@ -41,7 +41,7 @@ class FisherGradients:
             log_p = model(input_ids=rows, cache=self.cache).logits.float().log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=generator)
             self.log_likelihood = log_p.flatten(0, 1).gather(1, drawn).view(rows.shape)
-        self.states = text_states(self.cache)
+        self.states = text_states(self.cache, model.config)
 
     def __iter__(self):
         taps = [tap for layer in self.cache.layers for tap in layer.taps]

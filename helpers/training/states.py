@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from helpers.cache import PackedKVCache
 from helpers.cache.centre import CENTRE_TOKENS
 from helpers.cache.codec import Codec, Coding
 from helpers.cache.order import places
-from helpers.cache.quantization import Widths, width_pair
+from helpers.cache.quantization import FULL_WIDTH, Widths, width_pair
 
 
 @dataclass
@@ -16,7 +18,7 @@ class TextStates:
     """Keys and values `[L, 1, H, T, D]` of one text in full precision, each with the codec that stores them."""
 
     sides: tuple[tuple[torch.Tensor, Codec], tuple[torch.Tensor, Codec]]  # of keys, of values
-    block: int
+    coding: Coding
 
     @property
     def full(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,25 +26,30 @@ class TextStates:
         return tuple(states for states, _ in self.sides)
 
     def stored(self, bits: Widths) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as they come back from storage at `bits`, or at (key bits, value bits)."""
-        pairs = zip(self.sides, width_pair(bits))
-        start = self._start
-        return tuple(
-            codec.decode(codec.encode(states, width, start), start).to(states.dtype) for (states, codec), width in pairs
-        )
+        """Keys and values as they come back from storage at `bits`, or at (key bits, value bits); sinks at 16 bits."""
+        start, sinks = self._start, self.coding.sinks
+        result = []
+        for (states, codec), width in zip(self.sides, width_pair(bits), strict=True):
+            back, full = (codec.decode(codec.encode(states, each, start), start) for each in (width, FULL_WIDTH))
+            result.append(torch.cat([full[:, :, :, :sinks], back[:, :, :, sinks:]], dim=3).to(states.dtype))
+        return tuple(result)
 
     def relative_errors(self, bits: int) -> list[torch.Tensor]:
-        """Squared errors of keys and values stored at `bits` over their squared lengths, `[L, 1, H, T]` each."""
+        """Squared errors of keys and values stored at `bits` over their squared lengths, `[L, 1, H, T]` each.
+
+        As a policy is told them: of sinks, too, what they would be.
+        """
         return [codec.relative_error(states, bits, self._start) for states, codec in self.sides]
 
     @property
     def _start(self) -> torch.Tensor:
         """Where each token's block begins."""
-        return places(self.sides[0][0], 0, self.block)[1]
+        return places(self.sides[0][0], 0, self.coding.block)[1]
 
 
-def text_states(cache: Cache) -> TextStates:
-    """Keys and values that a full-precision forward left in `cache` (one row), with codecs centred on them.
+def text_states(cache: Cache, config: PreTrainedConfig) -> TextStates:
+    """Keys and values that a full-precision forward left in `cache` (one row), with the codecs that a packed cache of
+    this model has by default, centred on them.
 
     Raises `ValueError` for models whose layers differ in shape, and for texts too short to be centred.
     """
@@ -52,8 +59,8 @@ def text_states(cache: Cache) -> TextStates:
     if keys[0].shape[2] < CENTRE_TOKENS:
         raise ValueError(f"a text needs {CENTRE_TOKENS} tokens or more, got {keys[0].shape[2]}")
     keys, values = torch.stack(keys), torch.stack(values)
-    coding = Coding()
+    coding = PackedKVCache(config).coding
     key_codec, value_codec = coding.codecs(keys, values, list(range(len(keys))))
     key_codec.centre.fix(keys)
     key_codec.centre.reserve(keys.shape[3])
-    return TextStates(((keys, key_codec), (values, value_codec)), coding.block)
+    return TextStates(((keys, key_codec), (values, value_codec)), coding)

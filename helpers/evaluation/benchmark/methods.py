@@ -1,16 +1,16 @@
 """The caches that the benchmark measures, by the names that `--methods` takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-from helpers.cache import Balance
+from helpers.cache import Balance, key_balance_of, use_key_balance
 from helpers.evaluation.methods import FullPrecision, Method, PackedMethod, StockQuantized
 from helpers.io import ROOT
-from helpers.policies import QUALITY_SCHEDULE, CachedModel, FixedBits, LearnedController, RandomBits
+from helpers.policies import COMPACT_SCHEDULE, CachedModel, FixedBits, LearnedController, RandomBits
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ class BenchmarkMethod:
 
 @dataclass(frozen=True)
 class BalancedMethod(BenchmarkMethod):
-    """Static storage with every part of the better coding of keys; the balance is random, as weights are here."""
+    """Static storage with balanced keys; the balance is random, as weights are here."""
 
     def open(self, model: PreTrainedModel, capacity: int) -> CachedModel:
         config = model.config
-        balance = _random_balance(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-        return replace(self.method, sinks=4, centre="rotary", balance=balance).open(model)
+        before = key_balance_of(config)
+        use_key_balance(model, _random_balance(config.num_hidden_layers, config.num_key_value_heads, config.head_dim))
+        opened = super().open(model, capacity)
+        use_key_balance(model, before)
+        return opened
 
 
 @lru_cache(maxsize=4)
@@ -52,8 +55,8 @@ def _random_balance(layers: int, heads: int, dim: int) -> Balance:
 
 
 def _learned() -> BenchmarkMethod:
-    policy = LearnedController.load(ROOT / "data" / "controllers", "settle", *QUALITY_SCHEDULE)
-    return BenchmarkMethod("learned 8-4-2", "learned at settle", PackedMethod(policy))
+    policy = LearnedController.load(ROOT / "data" / "controllers", "settle", *COMPACT_SCHEDULE)
+    return BenchmarkMethod("learned 4-2", "learned at settle", PackedMethod(policy))
 
 
 def _static(bits: int) -> Callable[[], BenchmarkMethod]:

@@ -46,7 +46,7 @@ def memory_rows(folder: Path = DATA) -> list[tuple[str, str, str]]:
     static = table.loc["static 4-bit"]
     learned = table[table["group"] == "learned at settle"].iloc[0]
     rows = []
-    for name, row in (("static 4-bit", static), ("learned 8-4-2", learned)):
+    for name, row in (("static 4-bit", static), ("learned 4-2", learned)):
         what = f"{name}: peak bytes (held while decoding) after a prompt of 4,096 tokens, over full precision's"
         peak = row["peak_bytes"] / table.loc["full precision", "peak_bytes"]
         rows.append((f"{what} (SmolLM-135M shape)", f"{peak:.2f} ({row['held_share']:.2f})", "`main.py memory`"))
