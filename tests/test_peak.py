@@ -19,7 +19,7 @@ from helpers.evaluation.tracing import trace_cache
 from helpers.models import shape_config
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
-from helpers.policies.schedules import COMPACT_SCHEDULE, QUALITY_SCHEDULE, AgeSchedule
+from helpers.policies.schedules import COMPACT_SCHEDULE, MIDDLE_SCHEDULE, QUALITY_SCHEDULE, AgeSchedule
 
 rotation_matrix(32)  # made once in a process, for all caches
 
@@ -47,10 +47,13 @@ def test_the_peak_is_what_tracing_every_tensor_gives(policy, lengths):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_peak_of_a_padded_batch_is_predicted_to_the_byte(policy):
-    """Everything but what rows share grows with their number: two sizes tell every other."""
+    """Everything but what rows share grows with their number: two sizes tell every other.
+
+    But for sinks, which leave gaps in other blocks of each row.
+    """
     model, peaks = tiny_model("llama", layers=3), {}
     for rows in (2, 3, 4):
-        cache = PackedKVCache(model.config)
+        cache = PackedKVCache(model.config, sinks=0)
         driver = PolicyDriver(model, cache, POLICIES[policy]())
         inputs = driver.prefill(left_padded([200, 120, 160, 77][:rows]))
         model.generate(**inputs, cache=cache, logits_processor=[driver], max_new_tokens=40, do_sample=False)
@@ -124,7 +127,7 @@ def best_at_random(demotion):
 
 PLANS = {
     "static 4": Plan(4),
-    "quality": Plan(*QUALITY_SCHEDULE, best_at_random),
+    "middle": Plan(*MIDDLE_SCHEDULE, best_at_random),
     "compact": Plan(*COMPACT_SCHEDULE, best_at_random),
     "held": None,
 }
@@ -139,7 +142,7 @@ def read(cache, config, tokens: int, rows: int = 1) -> None:
         cache.end_forward()
 
 
-@pytest.mark.parametrize("plan", ["static 4", "quality", "compact"])
+@pytest.mark.parametrize("plan", ["static 4", "middle", "compact"])
 def test_the_peak_of_a_long_text_is_predicted_to_the_byte(plan):
     """`LONG_RUN_TOKENS=20000` decodes as many; the peak of three rows follows from that of one and of two."""
     config, peaks = copy.deepcopy(EMBEDDED), {}
@@ -200,9 +203,9 @@ def test_what_is_held_is_hardly_more_than_what_lives(name, tokens, quick):
         cache = read_and_decode(config, made, tokens)
         assert share_held(config, cache) <= HELD[tokens][plan == "held"], plan
         held[plan] = cache.stored_bytes()
-    assert held["quality"] < held["static 4"]
+    assert held["compact"] < held["middle"] < held["static 4"]
     if tokens >= 4096:
-        assert held["quality"] <= 0.80 * held["static 4"]
+        assert held["compact"] <= 0.80 * held["static 4"]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -222,12 +225,12 @@ def test_bytes_of_a_batch_and_of_steps_that_keep_nothing():
     """What is held to the byte, for a schedule simple enough to count by hand."""
     config = tiny_config("llama")
     config._attn_implementation = PACKED_ATTENTION
-    cache = PackedKVCache(config)
+    cache = PackedKVCache(config, sinks=0, centre="none")
     cache.plan = Plan(8, (Step(2, 4),))
     read(cache, config, 100, rows=4)
     heads, dim = 2 * 4 * 2, 32  # of all layers and rows
     slot = {bits: heads * (2 * (dim * bits // 8 + 4) + 1) + 4 * 4 for bits in (8, 4)}
-    fixed = heads * dim * 4 + dim * dim * 4  # centring vectors, rotation
+    fixed = dim * dim * 4  # rotation
     tail = heads * 16 * dim * 2 * 4
     assert cache.committed == 96
     assert cache.stored_bytes() == fixed + tail + 32 * slot[8] + 64 * slot[4]

@@ -15,12 +15,19 @@ THREE = AgeSchedule(8, (Step(2, 4), Step(4, 2, keep=0.25)))
 APART = AgeSchedule((8, 4), (Step(1, (4, 2)), Step(2, (2, 2), keep=0.5)), "attention")
 
 
-def run(model, policy, ids, block=8, chunk=None):
-    cache = PackedKVCache(model.config, block=block)
+def run(model, policy, ids, block=8, chunk=None, sinks=0):
+    cache = PackedKVCache(model.config, block=block, sinks=sinks)
     driver = PolicyDriver(model, cache, policy)
     for _, _ in score_blocks(CachedModel(model, cache, driver), ids, chunk or block):
         pass
     return cache, driver
+
+
+def test_sinks_take_no_part_in_a_schedule():
+    cache, _ = run(tiny_model("llama"), THREE, random_ids(2, 80), sinks=4)
+    kept = {(8, 8, True): 16, (4, 4, True): 16, (4, 4, False): 12, (2, 2, False): 32, (16, 16, False): 4}
+    assert stages(cache) == kept
+    assert (cache.token_bits()[:, :4] == 16).all()
 
 
 def stages(cache):
@@ -84,7 +91,7 @@ def test_errors_are_what_the_demotion_changes():
             return super().scores(demotion)
 
     model, seen = tiny_model("llama"), []
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     driver = PolicyDriver(model, cache, Spy(8, (Step(2, 2, keep=0.125),), "random"))
     for _ in score_blocks(CachedModel(model, cache, driver), random_ids(1, 24), 8):
         if cache.committed == 16:  # two blocks are committed at once, the third will settle the first
@@ -108,7 +115,7 @@ def test_random_choices_belong_to_the_text():
 def test_schedules_work_in_plain_generate_and_under_beams():
     model, ids = tiny_model("llama"), random_ids(1, 40)
     for beams in (1, 2):
-        cache = PackedKVCache(model.config, block=8)
+        cache = PackedKVCache(model.config, block=8, sinks=0)
         driver = PolicyDriver(model, cache, THREE)
         out = model.generate(
             input_ids=ids, cache=cache, logits_processor=[driver], max_new_tokens=40, num_beams=beams,
@@ -121,7 +128,7 @@ def test_schedules_work_in_plain_generate_and_under_beams():
 def test_ages_count_from_the_commit():
     """A block is settled exactly when so many blocks have followed it, not earlier."""
     model, policy = tiny_model("llama"), AgeSchedule(8, (Step(3, 2),))
-    cache = PackedKVCache(model.config, block=8)
+    cache = PackedKVCache(model.config, block=8, sinks=0)
     driver = PolicyDriver(model, cache, policy)
     settled = []
     for _ in score_blocks(CachedModel(model, cache, driver), random_ids(1, 64), 8):

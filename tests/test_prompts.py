@@ -39,8 +39,8 @@ HELD = {"rule": lambda: EntropyRule((3.9, 4.1, 4.25)), "random": RandomBits}
 POLICIES = PLANNED | HELD
 
 
-def cache_for(model, policy) -> PackedKVCache:
-    cache = PackedKVCache(model.config, block=BLOCK)
+def cache_for(model, policy, sinks: int = 4) -> PackedKVCache:
+    cache = PackedKVCache(model.config, block=BLOCK, sinks=sinks)
     PolicyDriver(model, cache, policy)
     return cache
 
@@ -119,7 +119,7 @@ def test_layer_by_layer_stores_what_all_layers_together_store(policy, chunk, len
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_held_tokens_are_requantized_from_8_bits(bits):
     model, ids = tiny_model("llama"), random_ids(2, 60)
-    cache = cache_for(model, RandomBits())
+    cache = cache_for(model, RandomBits(), sinks=0)
     feed(model, cache, ids)
     assert cache.undecided == cache.held == 56
     cache.commit(bits, 24)
@@ -127,7 +127,7 @@ def test_held_tokens_are_requantized_from_8_bits(bits):
     cache.commit(torch.full((2, 32), bits))
     assert (cache.committed, cache.held) == (56, 0)
     assert cache.token_bits()[:, :56].unique().tolist() == [min(bits, 8)]
-    twin = PackedKVCache(model.config, block=BLOCK)
+    twin = PackedKVCache(model.config, block=BLOCK, sinks=0)
     feed(model, twin, ids)
     twin.commit(8, pending=True)
     twin.settle(8, min(bits, 8), blocks=7)
@@ -137,7 +137,7 @@ def test_held_tokens_are_requantized_from_8_bits(bits):
 
 def test_widths_of_held_tokens_are_those_that_the_policy_chose():
     model, batch = tiny_model("llama"), left_padded([60, 43])
-    cache = PackedKVCache(model.config, block=BLOCK)
+    cache = PackedKVCache(model.config, block=BLOCK, sinks=0)
     driver = PolicyDriver(model, cache, RandomBits(seed=4))
     driver.prefill({**batch, "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 1), value=5),
                     "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)})  # fmt: skip
@@ -238,7 +238,7 @@ def test_crop_right_after_a_prompt(policy, removed):
 @pytest.mark.parametrize("removed", [2, 4, 12, 53, 90, 100])
 def test_crop_into_held_tokens(removed):
     model, ids = tiny_model("llama"), random_ids(2, 100)
-    cache = cache_for(model, RandomBits())
+    cache = cache_for(model, RandomBits(), sinks=0)
     cache.record_errors = True
     feed(model, cache, ids)
     cache.crop(-removed)

@@ -55,7 +55,7 @@ def test_a_cache_that_keeps_everything_loses_nothing():
     assert (table.kl_low < table.kl).all()
     assert (table.kl < table.kl_high).all()
     assert table.kl[:2].max() < table.kl[2:].min()
-    assert table.code_bits.tolist() == pytest.approx([(56 * b + 8 * 16) / 64 for b in (4, 4, 2, 2)])
+    assert table.code_bits.tolist() == pytest.approx([(52 * b + 12 * 16) / 64 for b in (4, 4, 2, 2)])
 
 
 def test_sampling_is_seeded_and_is_the_models_own():

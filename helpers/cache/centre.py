@@ -66,7 +66,9 @@ class Centre:
             self.note(states)
         # No matrix product: its last digits depend on how many layers are coded together.
         weights = weights[None, :, None, :, None]
-        mean = (states * weights).sum(3) / weights.sum(3)
+        # What is no number is found when its own block is coded, not in every block by way of the mean.
+        counted = (states * weights).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        mean = counted.sum(3) / weights.sum(3)
         if self.mean is None:
             self.mean = mean.new_zeros(count or len(mean), *mean.shape[1:])
             self.note(self.mean)

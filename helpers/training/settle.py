@@ -66,7 +66,7 @@ def settle_examples(
 ) -> SettleExamples:
     """Replay `texts` under each of `schedules` and estimate what each demotion of its last step does.
 
-    Damage is `head_costs`; blocks that no segment of predictions follows are left out. Raises
+    Damage is `head_costs`; blocks that no segment of predictions follows, or that sinks shorten, are left out. Raises
     `ValueError` where no text is long enough to have any.
     """
     columns: dict[str, list] = {each.name: [] for each in fields(SettleExamples)}
@@ -83,6 +83,8 @@ def settle_examples(
             for _ in score_blocks(CachedModel(model, cache, PolicyDriver(model, cache, recorder)), row, block):
                 pass
             for seen in recorder.seen:
+                if seen.block != block:  # what sinks leave of theirs
+                    continue
                 stop = seen.start + seen.key_error.shape[-1]
                 damage_there = _by_block(torch.tensor(damage[:, None, :, seen.start : stop]), block)
                 known = ~damage_there.isnan().any(-1)
