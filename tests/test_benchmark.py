@@ -103,10 +103,10 @@ def test_an_attention_round_leaves_the_cache_as_it_was(key):
 
 def test_read_bytes_are_those_of_codes_and_scales():
     packed, plain = _attention("4"), _attention("dynamic")
-    vectors = 2 * 2 * 2 * 64  # sides, rows, heads, tokens
-    assert read_bytes(packed.cache) == vectors * (32 // 2 + 4)
-    assert read_bytes(plain.cache) == vectors * 32 * 4
-    assert packed.facts()["code_bits"] == 4
+    sides = 2 * 2 * 2  # keys and values, rows, heads
+    assert read_bytes(packed.cache) == sides * (60 * (32 // 2 + 4) + 4 * 32 * 2)  # four sinks are at 16 bits
+    assert read_bytes(plain.cache) == sides * 64 * 32 * 4
+    assert packed.facts()["code_bits"] == (60 * 4 + 4 * 16) / 64
 
 
 @pytest.mark.parametrize("tokens", [16, 40, 100])

@@ -113,7 +113,7 @@ def quantize(
     # Codes are chosen for the rounded scale and zero, which are the ones that reading them back will use.
     exact = scales.to(x.dtype)
     note(x, low, high, scales, exact)
-    packed, factor = pack(x, exact, bits, stretch and bits < 8)
+    packed, factor = pack(x, exact, bits, STRETCH if stretch and bits < 8 else None)
     if factor is not None:
         scales = (exact * factor).to(torch.float16)
         note(factor, scales)
@@ -167,18 +167,22 @@ def _best_of(
 
 
 def _pack(
-    x: torch.Tensor, scales: torch.Tensor, bits: int, stretched: bool, note: Callable[..., None]
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    limits: tuple[float, float] | None,
+    note: Callable[..., None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The nearest codes of `x` for `scales` `[..., 2]`, packed, and by what these are to be stretched, if at all."""
+    """The nearest codes of `x` for `scales` `[..., 2]`, packed, and by what to stretch these within `limits`."""
     scale, zero = scales.split(1, dim=-1)
     codes = _round_to_grid(x, scale, zero, bits, note, torch.uint8)
     stretch = None
-    if stretched:
+    if limits:
         back = codes.to(x.dtype).mul_(scale).add_(zero)
         squares, along = x.square(), back * x
         note(back, squares, along)
         squares, along = squares.sum(-1, keepdim=True), along.sum(-1, keepdim=True)
-        stretch = torch.where(along > 0, (squares / along).clamp(*STRETCH), torch.ones_like(along))
+        stretch = torch.where(along > 0, (squares / along).clamp(*limits), torch.ones_like(along))
     return pack_codes(codes, bits), stretch
 
 

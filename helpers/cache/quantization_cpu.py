@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from helpers.cache.compiling import compilers
-from helpers.cache.quantization import STRETCH
 
-LEAST, MOST = map(np.float32, STRETCH)
 EXPONENT = np.int32(0x7F800000)  # bits of a float32 that are all set where it is NaN or infinite
 MATH = {"reassoc", "nsz", "contract"}  # not "arcp": codes are those of a true division
 _compiled, _inlined = compilers(MATH)
@@ -57,7 +55,7 @@ def _ends(x, patterns, shares, low, high):
 
 
 @_inlined
-def _write_codes(x, n, scales, bits, top, packed, stretch):
+def _write_codes(x, n, scales, bits, top, packed, stretch, limits):
     part = n * bits // 8
     for v in range(len(x)):
         row, out, scale, zero = x[v], packed[v], scales[v, 0], scales[v, 1]
@@ -73,29 +71,29 @@ def _write_codes(x, n, scales, bits, top, packed, stretch):
                 along += number * (code * scale + zero)
             out[j] = byte
         if len(stretch):
-            stretch[v] = min(max(squares / along, LEAST), MOST) if along > 0 else np.float32(1)
+            stretch[v] = min(max(squares / along, limits[0]), limits[1]) if along > 0 else np.float32(1)
 
 
 @_inlined
-def _write_any(x, n, scales, bits, packed, stretch):
+def _write_any(x, n, scales, bits, packed, stretch, limits):
     if bits == 2:
-        _write_codes(x, n, scales, 2, np.float32(3), packed, stretch)
+        _write_codes(x, n, scales, 2, np.float32(3), packed, stretch, limits)
     elif bits == 4:
-        _write_codes(x, n, scales, 4, np.float32(15), packed, stretch)
+        _write_codes(x, n, scales, 4, np.float32(15), packed, stretch, limits)
     else:
-        _write_codes(x, n, scales, 8, np.float32(255), packed, stretch)
+        _write_codes(x, n, scales, 8, np.float32(255), packed, stretch, limits)
 
 
 @_compiled
-def _pack(x, scales, bits, packed, stretch):
+def _pack(x, scales, bits, packed, stretch, limits):
     if x.shape[1] == 64:
-        _write_any(x, 64, scales, bits, packed, stretch)
+        _write_any(x, 64, scales, bits, packed, stretch, limits)
     elif x.shape[1] == 128:
-        _write_any(x, 128, scales, bits, packed, stretch)
+        _write_any(x, 128, scales, bits, packed, stretch, limits)
     elif x.shape[1] == 32:
-        _write_any(x, 32, scales, bits, packed, stretch)
+        _write_any(x, 32, scales, bits, packed, stretch, limits)
     else:
-        _write_any(x, x.shape[1], scales, bits, packed, stretch)
+        _write_any(x, x.shape[1], scales, bits, packed, stretch, limits)
 
 
 @_inlined_exactly
@@ -143,15 +141,17 @@ def ends(x: torch.Tensor, shares: tuple[float, ...]) -> tuple[torch.Tensor, torc
     return low, high
 
 
-def pack(x: torch.Tensor, scales: torch.Tensor, bits: int, stretched: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def pack(
+    x: torch.Tensor, scales: torch.Tensor, bits: int, limits: tuple[float, float] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The nearest codes of `x` `[vectors, n]` for `scales` `[vectors, 2]` (scale, zero), packed like `pack_codes`.
 
-    With them, if `stretched`, what these scales are to be multiplied by, `[vectors, 1]` (see `quantize`).
+    With them, if there are `limits` to it, what these scales are to be stretched by, `[vectors, 1]` (see `quantize`).
     """
     packed = x.new_empty(len(x), x.shape[1] * bits // 8, dtype=torch.uint8)
-    stretch = x.new_empty(len(x) if stretched else 0, 1)
-    _pack(x.numpy(), scales.numpy(), bits, packed.numpy(), stretch.numpy()[:, 0])
-    return packed, stretch if stretched else None
+    stretch = x.new_empty(len(x) if limits else 0, 1)
+    _pack(x.numpy(), scales.numpy(), bits, packed.numpy(), stretch.numpy()[:, 0], np.array(limits or (), np.float32))
+    return packed, stretch if limits else None
 
 
 def unpack(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
