@@ -213,7 +213,7 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
     assert "best V25% by learned score" in capsys.readouterr().out
     arguments += ["--out", str(tmp_path), "--length", "256"]
-    for methods, expected in (("seven", 7), ("choices", 14)):
+    for methods, expected in (("seven", 7), ("choices", 10)):
         assert main.main(["compare", *common, *arguments, "--methods", methods, "--name", methods]) == 0
         table = pd.read_csv(tmp_path / f"{methods}.csv")
         assert len(table) == expected

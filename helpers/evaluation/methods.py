@@ -173,14 +173,13 @@ def seven_methods(controllers: str | Path) -> list[Group]:
 
 def multiple_choice_methods(controllers: str | Path) -> list[Group]:
     """What is worth the hours that hundreds of multiple-choice items take on a large model."""
-    eight, four, two = _packed(*map(FixedBits, (8, 4, 2)))
     imitation = LearnedController.load(controllers, "imitation")
     return [
         Group("full precision", [FullPrecision()]),
-        Group("static", [eight, four, replace(four, quantizer="minmax"), two]),
+        Group("static", _packed(FixedBits(4), FixedBits(2))),
         Group("rule", _packed(EntropyRule.load(controllers)), random_control=True),
         Group("learned at commit", _packed(imitation), random_control=True),
-        Group("learned at settle", _settled(controllers)),
+        Group("learned at settle", _settled(controllers)[-2:]),
         Group("stock", stock_methods()[:1]),
     ]
 

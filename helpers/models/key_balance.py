@@ -28,9 +28,14 @@ def balance_path(source: str | Path) -> Path | None:
 
 
 def find_balance(source: str | Path, model: PreTrainedModel) -> Balance | None:
-    """The balance of the model `source`, None where there is none; raises `ValueError` for a file of another model."""
+    """The balance of the model `source`, None where there is none or where weights lie on disk and cannot be compared.
+
+    Raises `ValueError` for a file of another model.
+    """
     path = balance_path(source)
-    return load_balance(path, model) if path is not None and path.is_file() else None
+    if path is None or not path.is_file() or any(weight.is_meta for weight in model.parameters()):
+        return None
+    return load_balance(path, model)
 
 
 def save_balance(balance: Balance, path: str | Path, model: PreTrainedModel, about: dict[str, object]) -> Path:
