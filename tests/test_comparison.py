@@ -7,13 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_ids, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import main
 from helpers.cache.accounting import code_bits, stored_bytes
 from helpers.cache.attention.dispatch import use_packed_attention
 from helpers.cache.plan import Step
+from helpers.cache.rotary import rotary_of
 from helpers.evaluation.comparison import compare_methods, standard_pairs
+from helpers.evaluation.key_bias import biased_keys
 from helpers.evaluation.latency import controller_share, time_decoding
 from helpers.evaluation.length import against_length, follow_text
 from helpers.evaluation.methods import FullPrecision, Group, PackedMethod, StockQuantized, stock_methods
@@ -224,6 +226,24 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     assert "run notebook 02" in capsys.readouterr().err
 
 
+def test_biased_keys_carry_a_constant_that_turns():
+    model, ids = tiny_model("llama"), random_ids(1, 30)
+    caches = DynamicCache(), DynamicCache()
+    model(ids, cache=caches[0])
+    with biased_keys(model, 100.0):
+        model(ids, cache=caches[1])
+    added = caches[1].layers[0].keys - caches[0].layers[0].keys  # of the first layer: later ones see other states
+    rotary, bias = rotary_of(model.config, 32), torch.zeros(32)
+    bias[15], bias[31] = 100.0, -100.0
+    expected = rotary.turn(bias, rotary.phases(torch.arange(30), 32, torch.float32))
+    assert torch.allclose(added, expected.expand_as(added), atol=1e-3)
+    again = DynamicCache()
+    model(ids, cache=again)
+    assert torch.equal(again.layers[0].keys, caches[0].layers[0].keys), "gone afterwards"
+    with pytest.raises(ValueError, match="has no keys that rotary embedding turns"), biased_keys(tiny_model("gpt2"), 1):
+        pass
+
+
 def test_balanced_keys_are_measured_and_compared(tiny_folder, tmp_path, capsys):
     texts = tmp_path / "stories.txt"
     texts.write_text("\n<|endoftext|>\n".join(f"{i} " + "the cat sat on the mat " * 60 for i in range(40)))
@@ -242,5 +262,9 @@ def test_balanced_keys_are_measured_and_compared(tiny_folder, tmp_path, capsys):
     assert ((pairs["method"] == "static 4-bit") & (pairs["against"] == bare)).sum() == 2  # KL and accuracy
     assert main.main(["compare", *common, *arguments]) == 1
     assert "has no file of balanced keys" in capsys.readouterr().err
+    biased = [*arguments, "--balance", str(keys), "--key-bias", "100", "--name", "biased"]
+    assert main.main(["compare", *common, *biased]) == 0
+    kl = pd.read_csv(tmp_path / "biased.csv").set_index("method")["kl"]
+    assert kl["static 4-bit"] < kl[bare] < kl["static 2-bit"]
     assert main.main(["compare", *common, *arguments, "--balance", str(tmp_path / "none")]) == 1
     assert "calibrate-keys writes such a file" in capsys.readouterr().err

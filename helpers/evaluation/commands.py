@@ -1,5 +1,6 @@
 """The commands of this package that print and write tables: `python main.py quality`, `compare` and `memory`."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from helpers.cache import key_balance_of, use_key_balance
 from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
+from helpers.evaluation.key_bias import biased_keys
 from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
 from helpers.evaluation.memory_targets import check_memory_targets, memory_targets_text
 from helpers.evaluation.methods import coding_methods, default_methods, multiple_choice_methods, seven_methods
@@ -71,6 +73,7 @@ class CompareOptions(Sources):
     # All; what answers the assignment; what chooses endings; or static storage without and with our coding of keys.
     methods: Literal["all", "seven", "choices", "coding"] = "all"
     balance: str | None = None  # file of balanced keys instead of the model's own
+    key_bias: float = 0.0  # constant that is added to every key's slowest pair, as models with biased keys have
     rounds: int = 3  # rounds of timed decoding; 0 for none
     name: str | None = None  # of the result files instead of baseline_comparison or ..._MODEL
     batch: int = 25  # sequences read at once: what several processes share out
@@ -98,9 +101,10 @@ def compare(options: CompareOptions) -> None:
     check_context(model, options.length)
     items = sample_items(found, min(options.count, len(found)), options.seed) if found else []
     sequences = torch.tensor(ids, device=model.device)
-    result = compare_methods(
-        model, tokenizer, sequences, items, methods, options.length // 2, options.rounds, options.batch
-    )
+    with biased_keys(model, options.key_bias) if options.key_bias else nullcontext():
+        result = compare_methods(
+            model, tokenizer, sequences, items, methods, options.length // 2, options.rounds, options.batch
+        )
     if not is_main_process():
         return
     shown = [
@@ -118,7 +122,7 @@ def compare(options: CompareOptions) -> None:
     print(standard_pairs(result).round(5).to_string(index=False))
     name = options.name or "baseline_comparison" + (f"_{model_name(source)}" if options.model else "")
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts_source), "rows": len(ids)}
-    about |= {"length": options.length, "first": options.length // 2}
+    about |= {"length": options.length, "first": options.length // 2, "key_bias": options.key_bias}
     about |= {"split": texts.split, "items": relative_to_root(items_source), "item_count": len(items)}
     about |= {"items_split": found.split, "items_schema": found.schema, "seed": options.seed}
     save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})
