@@ -26,7 +26,7 @@ def training_table():
 
 def comparison():
     table = pd.read_csv(DATA / "baseline_comparison.csv")
-    return table.assign(share=table["held_bytes"] / table["held_bytes"].min()).query("kl > 0")
+    return table.assign(share=table["held_bytes"] / table["held_bytes"].min()).query("kl > 0").head(8)
 
 
 def sweep():
@@ -150,3 +150,9 @@ def test_a_figure_drawn_twice_has_the_same_bytes(tmp_path):
     assert b"Software" not in first
     assert b"Creation" not in first
     plt.close("all")
+
+
+def test_no_more_points_than_can_be_labelled():
+    many = pd.concat([comparison(), comparison().head(1)])
+    with pytest.raises(ValueError, match="at most 8 methods to be labelled, got 9"):
+        plots.pareto(many, "share", "kl", LABELS, *HEAD)

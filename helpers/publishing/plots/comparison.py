@@ -1,37 +1,51 @@
 """Figures of notebook 04 but that of the benchmark."""
 
-import matplotlib.pyplot as plt
+import re
+
 import pandas as pd
 from adjustText import adjust_text
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from helpers.publishing.plots.style import DASHES, GROUP_STYLES, errors, frame, method_bars, panels
+
+MOST_POINTS = 8  # of a picture whose points are labelled
 
 
 def pareto(table: pd.DataFrame, x: str, y: str, labels: dict[str, str], title: str, subtitle: str,
            log: bool = False) -> Figure:  # fmt: skip
-    """Methods as points coloured by `group`, `y` with its interval (`y_low`, `y_high`); a number names each method."""
-    figure, axes = frame(title, subtitle, (8.6, 4.6))
-    lines = [] if log else [(axes.axhline(0, color="black", linewidth=0.8, linestyle="--", zorder=0), "full precision")]
+    """Methods as points coloured by `group`, `y` with its interval (`y_low`, `y_high`), each named beside its point.
+
+    On a logarithmic axis, where less is better, a line joins those of ours that nothing of ours lies below. Raises
+    `ValueError` for more than eight methods.
+    """
+    if len(table) > MOST_POINTS:
+        raise ValueError(f"table must have at most {MOST_POINTS} methods to be labelled, got {len(table)}")
+    figure, axes = frame(title, subtitle, (7.6, 4.6))
     reach = errors(table, y)
-    for number, (method, group, at, value) in enumerate(table[["method", "group", x, y]].itertuples(index=False)):
+    for number, (group, at, value) in enumerate(table[["group", x, y]].itertuples(index=False)):
         colour, marker = GROUP_STYLES[group]
-        axes.errorbar(at, value, reach[:, [number]], fmt=marker, color=colour, markersize=6, linewidth=1)
-        handle = plt.Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5)
-        lines.append((handle, f"{number + 1}  {method}"))
+        axes.errorbar(at, value, reach[:, [number]], fmt=marker, color=colour, markersize=7, linewidth=1, zorder=3)
+    if log:
+        ours = table[~table["group"].isin(["stock", "full precision"])].sort_values([x, y])
+        best = ours[ours[y] <= ours[y].cummin()]
+        axes.plot(best[x], best[y], color="0.75", linewidth=1.2, zorder=1)
+    else:
+        axes.axhline(0, color="black", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yscale("log" if log else "linear")
     axes.set_xlabel(labels[x])
     axes.set_ylabel(labels[y])
-    axes.margins(x=0.07, y=0.07)
-    axes.legend(*zip(*lines, strict=True), frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.canvas.draw()  # numbers are placed by what else is drawn
-    numbers = [
-        axes.text(at, value, str(number), fontsize=7.5, ha="center", va="center")
-        for number, (at, value) in enumerate(zip(table[x], table[y]), start=1)
-    ]
+    axes.margins(x=0.12, y=0.12)
+    figure.canvas.draw()  # names are placed by what else is drawn
+    halo = [withStroke(linewidth=3, foreground="white")]
+    names = [
+        axes.text(at, value, re.sub(", best .* by learned score", ", learned", name), fontsize=8.5, va="center",
+                  ha="center", color=GROUP_STYLES[group][0], path_effects=halo, zorder=4)
+        for name, group, at, value in table[["method", "group", x, y]].itertuples(index=False)
+    ]  # fmt: skip
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
-    adjust_text(numbers, table[x].to_numpy(), table[y].to_numpy(), ax=axes, expand=(1.7, 2.1), arrowprops=line,
-                force_static=(0.4, 0.6), iter_lim=500, min_arrow_len=12)  # fmt: skip
+    adjust_text(names, table[x].to_numpy(), table[y].to_numpy(), ax=axes, expand=(1.3, 2.6), arrowprops=line,
+                force_static=(0.3, 0.7), iter_lim=800, min_arrow_len=12)  # fmt: skip
     return figure
 
 

@@ -32,10 +32,10 @@ def comparison_table(name: str, latency: bool = False) -> str:
 
 
 def coding_table(name: str) -> str:
-    """Static storage with more and more of a better coding of keys, from `data/NAME.csv` and `NAME_pairs.csv`."""
+    """Static storage with more and more of our coding, from `data/NAME.csv` and `NAME_pairs.csv`."""
     table, pairs = pd.read_csv(DATA / f"{name}.csv"), pd.read_csv(DATA / f"{name}_pairs.csv")
     full, static = table["method"] == "full precision", table.set_index("method").loc["static 4-bit"]
-    gains = pairs.query("of == 'kl'").drop_duplicates("method").set_index("method")
+    gains = pairs[(pairs["of"] == "kl") & pairs["against"].str.contains(", no ")].set_index("against")
     told = [paired_difference(gains.loc[method]) if method in gains.index else "" for method in table["method"]]
     return markdown(
         pd.DataFrame({
@@ -43,7 +43,7 @@ def coding_table(name: str) -> str:
             **{f"{kind} bytes / static 4-bit": fixed(table[f"{kind}_bytes"] / static[f"{kind}_bytes"], 3)
                for kind in ("peak", "held")},
             "KL to full precision": kl_intervals(table).mask(full, "0"),
-            "KL, from the same width without": told,
+            "all of it minus this, KL": told,
             "next-token accuracy, points": points(table, "accuracy_change"),
         })
     )  # fmt: skip
