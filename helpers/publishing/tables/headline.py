@@ -13,7 +13,7 @@ def headline_table() -> str:
     name = "smollm2/baseline_comparison"
     table = pd.read_csv(DATA / f"{name}.csv").set_index("method")
     pairs = pd.read_csv(DATA / f"{name}_pairs.csv").query("of == 'kl'").set_index(["method", "against"])
-    start = "8-4-2 @2,5, best 25% by "
+    start = "K4 V4-2 @6, best V25% by "
     learned = f"{start}learned score"
     measures = ["peak_bytes", "held_bytes", "kl"]
     shares = table.loc[learned, measures].astype(float) / table.loc["static 4-bit", measures].astype(float)
