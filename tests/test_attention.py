@@ -101,7 +101,7 @@ CASES = {
     **{f"{bits} bits, 3 groups": replace(BASE, bits=bits, groups=3, head_dim=64) for bits in (2, 4, 8, 16)},
     **{f"keys {k}, values {v}": replace(BASE, bits=(k, v)) for k, v in ((8, 2), (2, 16), (16, 4))},
     "keys 4, values 8, 3 groups": replace(BASE, bits=(4, 8), groups=3),
-    **{f"head_dim {dim}": replace(BASE, head_dim=dim, kv_heads=1) for dim in (64, 80, 128)},
+    **{f"head_dim {dim}": replace(BASE, head_dim=dim, kv_heads=1) for dim in (64, 80, 128, 256)},
     **{f"head_dim {dim}, 4 groups": replace(BASE, head_dim=dim, kv_heads=1, groups=4) for dim in (32, 80, 128)},
     "head_dim 80 at 2 bits": replace(BASE, head_dim=80, bits=2, kv_heads=1),
     "8 groups": replace(BASE, groups=8, kv_heads=1),

@@ -130,7 +130,7 @@ def test_a_full_run_notes_what_it_took(tmp_path, monkeypatch):
     monkeypatch.delenv("PRESET", raising=False)
     monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(blocks, "RUNS", tmp_path / "runs.json")
-    opening = nbformat.v4.new_markdown_cell("# X\n\n**Run time:** <!-- run -->?<!-- /run -->")
+    opening = nbformat.v4.new_markdown_cell("# X\n\n<!-- by --><!-- /by -->\n\n**Run time:** <!-- run -->?<!-- /run -->")
     notebook = nbformat.v4.new_notebook(cells=[opening, nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(notebook, tmp_path / "01_x.ipynb")
     run = execution.publish(tmp_path / "01_x.ipynb")
@@ -335,3 +335,16 @@ def test_cells_after_a_reason_are_emptied(monkeypatch, capsys):
     assert change(["1 + 1\n"]) == []
     assert change([stopping.RUNS_ANYHOW + "\n", "1 + 1\n"])[1] == "1 + 1\n"
     assert capsys.readouterr().out.startswith("no pair. The cells below are skipped")
+
+
+def test_who_hands_it_in_stands_where_names_are_given(monkeypatch, tmp_path):
+    monkeypatch.delenv("SUBMITTED_BY", raising=False)
+    assert blocks.submitted_by() == ""
+    monkeypatch.setenv("SUBMITTED_BY", "Ada L. and Alan T.")
+    assert blocks.submitted_by() == "**Handed in by:** Ada L. and Alan T."
+    monkeypatch.delenv("SUBMITTED_BY")
+    monkeypatch.setattr(blocks, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[tool.adaptive-generation]\nsubmitted-by = "Ada L."\n')
+    assert blocks.submitted_by() == "**Handed in by:** Ada L."
+    (tmp_path / "pyproject.toml").write_text("")
+    assert blocks.submitted_by() == ""

@@ -6,7 +6,9 @@ that returns Markdown, enter it in `TABLES`, put the two markers into a document
 """
 
 import json
+import os
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,18 @@ def notebook_table() -> str:
     return markdown(pd.DataFrame(rows, columns=["notebook", "part", "question", "finding", "run time, memory"]))
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"notebooks": notebook_table, **TABLES}
+def submitted_by() -> str:
+    """The line that says who hands this in, empty where nobody is named.
+
+    Names are those of the variable SUBMITTED_BY, else of `submitted-by` in `[tool.adaptive-generation]` of
+    pyproject.toml.
+    """
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
+    names = os.environ.get("SUBMITTED_BY") or settings.get("adaptive-generation", {}).get("submitted-by", "")
+    return f"**Handed in by:** {names}" if names else ""
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"by": submitted_by, "notebooks": notebook_table, **TABLES}
 
 
 def replace_block(text: str, name: str, content: str, where: str, inline: bool = False) -> str:

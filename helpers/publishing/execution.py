@@ -96,9 +96,10 @@ def publish(path: Path) -> Run:
 
 
 def _show_run(notebook: NotebookNode, stem: str) -> None:
-    """Bring the line of the opening cell that tells run time and memory up to date."""
+    """Bring the lines of the opening cell up to date that tell run time and memory, and who hands it in."""
     first = notebook.cells[0]
-    first.source = blocks.replace_block(first.source, "run", blocks.run_line(stem), f"{stem}.ipynb", inline=True)
+    for name, line in (("run", blocks.run_line(stem)), ("by", blocks.submitted_by())):
+        first.source = blocks.replace_block(first.source, name, line, f"{stem}.ipynb", inline=True)
 
 
 def _copy_results(source: Path, target: Path) -> None:
