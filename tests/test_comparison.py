@@ -215,11 +215,11 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
     assert "best V25% by learned score" in capsys.readouterr().out
     arguments += ["--out", str(tmp_path), "--length", "256"]
-    for methods, expected in (("seven", 7), ("choices", 10)):
+    for methods, expected in (("seven", 7), ("choices", 7)):
         assert main.main(["compare", *common, *arguments, "--methods", methods, "--name", methods]) == 0
         table = pd.read_csv(tmp_path / f"{methods}.csv")
         assert len(table) == expected
-        assert {"stock quanto 4-bit, residual 128", "learned, imitation"} <= set(table.method)
+        assert {"static 4-bit", "rule-based dynamic", "learned, imitation"} <= set(table.method)
         about = json.loads((tmp_path / f"{methods}.json").read_text())
         assert (about["length"], about["first"]) == (256, 128)
     assert main.main(["compare", *common, "--controllers", str(tmp_path / "none")]) == 1

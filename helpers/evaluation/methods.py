@@ -176,11 +176,10 @@ def multiple_choice_methods(controllers: str | Path) -> list[Group]:
     imitation = LearnedController.load(controllers, "imitation")
     return [
         Group("full precision", [FullPrecision()]),
-        Group("static", _packed(FixedBits(4), FixedBits(2))),
+        Group("static", _packed(FixedBits(4))),
         Group("rule", _packed(EntropyRule.load(controllers)), random_control=True),
         Group("learned at commit", _packed(imitation), random_control=True),
-        Group("learned at settle", _settled(controllers)[-2:]),
-        Group("stock", stock_methods()[:1]),
+        Group("learned at settle", _packed(LearnedController.load(controllers, "settle"))),
     ]
 
 
