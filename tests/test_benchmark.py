@@ -371,6 +371,6 @@ def test_the_command_measures_prints_and_writes(tiny_shapes, tmp_path, capsys):
     assert (table["ms_low"] <= table["ms_high"]).all()
     assert set(table[table["method"] == "DynamicCache"]["ratio"]) == {1.0}
     out = capsys.readouterr().out
-    assert "embedded, large, 256 tokens: learned 4-2 at most 1.15 of the time of DynamicCache" in out
+    assert "embedded, large, 256 tokens: learned 8-4-2 at most 1.15 of the time of DynamicCache" in out
     assert "attention, SmolLM-360M, batch 1, 128 tokens" in out
     assert benchmark_figure(table).axes

@@ -23,7 +23,7 @@ COLUMNS = ["kind", "shape", "method", "group", "dtype", "context", "batch", "ms"
 RATIO_COLUMNS = {
     "static 4-bit": "4-bit",
     "static 4-bit, balanced keys": "4-bit, balanced keys",
-    "learned 4-2": "4-2, learned",
+    "learned 8-4-2": "8-4-2, learned",
     "StaticCache": "StaticCache",
     "stock quanto 4-bit": "quanto 4-bit",
     "stock hqq 4-bit": "HQQ 4-bit",
@@ -104,7 +104,7 @@ def ratio_table(table: pd.DataFrame) -> pd.DataFrame:
             known = method in case.index and not np.isnan(case.loc[method, "ratio"])
             row[title] = "{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]".format(**case.loc[method]) if known else ""
         shares = []
-        for method in ("static 4-bit", "learned 4-2"):
+        for method in ("static 4-bit", "learned 8-4-2"):
             if method in case.index and base["live_bytes"] > 0 and case.loc[method, "live_bytes"] > 0:
                 held, live = (case.loc[method, name] / base[name] for name in ("stored_bytes", "live_bytes"))
                 shares.append(f"{held:.2f} ({live:.2f})")

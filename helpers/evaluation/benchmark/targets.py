@@ -52,13 +52,13 @@ CPU_TARGETS = (
     Target("decode", "SmolLM-135M", 16384, 0.75),
     Target("decode", "SmolLM-135M", 4096, 0.65, against="stock quanto 4-bit"),
     Target("decode", "SmolLM-135M", 4096, 0.65, against="stock hqq 4-bit"),
-    Target("embedded", "large", 256, 1.15, method="learned 4-2"),
+    Target("embedded", "large", 256, 1.15, method="learned 8-4-2"),
     *(
         Target("decode", "SmolLM-135M", context, 1.03, against="static 4-bit", method="static 4-bit, balanced keys")
         for context in (512, 4096, 16384)
     ),
     Target("prefill", "SmolLM-135M", 2048, 1.1),
-    Target("prefill", "SmolLM-135M", 2048, 1.2, method="learned 4-2"),
+    Target("prefill", "SmolLM-135M", 2048, 1.2, method="learned 8-4-2"),
 )
 
 

@@ -47,7 +47,7 @@ def decode_rows() -> list[tuple[str, str, str]]:
         return []
     table = table[(table["kind"] == "decode") & (table["dtype"] == "float32") & table["ratio"].notna()]
     rows = []
-    for method in ("static 4-bit", "learned 4-2"):
+    for method in ("static 4-bit", "learned 8-4-2"):
         for _, row in table[table["method"] == method].nlargest(1, "context").iterrows():
             what = f"{method}: time of a decode step after {row['context']:,} tokens, over `DynamicCache`'s"
             rows.append((f"{what} ({row['shape']} shape, CPU)", interval(row, "ratio", 2), "`main.py bench`"))
