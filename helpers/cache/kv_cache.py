@@ -75,7 +75,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
     ):
         refuse_unsupported(config)
         self.config = config.get_text_config(decoder=True)
-        if isinstance(balance, str) and balance == "model":
+        if balance == "model":
             balance = None if quantizer == "minmax" else key_balance_of(self.config)
         check_settings(block, quantizer, max_length, sinks, centre, balance, self.config)
         rotary = rotary_of(self.config, head_dim(self.config)) if centre == "rotary" else Rotary()

@@ -85,17 +85,15 @@ def compare(options: CompareOptions) -> None:
     source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
     items_source = options.find(options.items, preset.multiple_choice)
     chosen = {"all": default_methods, "seven": seven_methods, "choices": multiple_choice_methods}
-    coding = options.methods == "coding"
-    methods = (
-        coding_methods() if coding else chosen[options.methods](options.controllers or preset.data_dir / "controllers")
-    )
+    chosen["coding"] = lambda controllers: coding_methods()
+    methods = chosen[options.methods](options.controllers or preset.data_dir / "controllers")
     with one_first():
         texts = load_stories(texts_source, preset.test_split)
         found = load_multiple_choice(items_source, preset.test_split) if options.count else Part()
         model, tokenizer = load_model(source, quiet=not is_main_process())
     if options.balance:
         use_key_balance(model, load_balance(options.balance, model))
-    if coding and key_balance_of(model.config) is None:
+    if options.methods == "coding" and key_balance_of(model.config) is None:
         raise ValueError(f"model {source} has no file of balanced keys: python main.py calibrate-keys makes one")
     ids = take_sequences(tokenizer, texts, options.length, options.max_rows)
     check_context(model, options.length)

@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 from transformers.cache_utils import QuantizedCache
 
-from helpers.cache import PackedKVCache
+from helpers.cache import Balance, PackedKVCache
 from helpers.cache.arguments import head_dim
 from helpers.evaluation.kivi import KiviCache
 from helpers.policies import CachedModel, EntropyRule, FixedBits, LearnedController, Policy, PolicyDriver, Step
@@ -32,7 +32,7 @@ class PackedMethod:
     quantizer: str = "rotated"
     sinks: int = 4
     centre: str = "rotary"
-    balance: Literal["model"] | None = "model"
+    balance: Balance | Literal["model"] | None = "model"
     stretch: bool = True
 
     @property
@@ -43,8 +43,12 @@ class PackedMethod:
     @property
     def coding(self) -> str:
         """What is not as usual in how tokens are coded, after a comma."""
-        parts = {"sinks": self.sinks > 0, "rotary mean": self.centre == "rotary", "balance": self.balance is not None}
-        parts["stretch"] = self.stretch
+        parts = {
+            "sinks": self.sinks > 0,
+            "rotary mean": self.centre == "rotary",
+            "balance": self.balance is not None,
+            "stretch": self.stretch,
+        }
         lacking = [part for part, there in parts.items() if not there]
         return ", plain min-max" * (self.quantizer == "minmax") + f", no {', no '.join(lacking)}" * bool(lacking)
 

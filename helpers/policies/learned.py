@@ -45,9 +45,8 @@ class LearnedController(Policy):
         """
         if name == "settle":
             network, _ = Network.load(folder, name, SETTLE_FEATURES, 1)
-            usual = MIDDLE_SCHEDULE
-            schedule = usual[0] if commit is None else commit, usual[1] if steps is None else steps
-            return LearnedSchedule(*schedule, network=network)
+            commit = MIDDLE_SCHEDULE[0] if commit is None else commit
+            return LearnedSchedule(commit, MIDDLE_SCHEDULE[1] if steps is None else steps, network=network)
         if name == "seed":
             raise ValueError("the controller 'seed' is now called 'imitation': load that, and rename files of your own")
         network, about = Network.load(folder, name, tuple(TokenFeatures.__dataclass_fields__), len(WIDTHS))

@@ -10,7 +10,7 @@ from helpers.cache import PackedKVCache
 from helpers.cache.centre import CENTRE_TOKENS
 from helpers.cache.codec import Codec, Coding
 from helpers.cache.order import places
-from helpers.cache.quantization import FULL_WIDTH, Widths, width_pair
+from helpers.cache.quantization import Widths, width_pair
 
 
 @dataclass
@@ -30,8 +30,9 @@ class TextStates:
         start, sinks = self._start, self.coding.sinks
         result = []
         for (states, codec), width in zip(self.sides, width_pair(bits), strict=True):
-            back, full = (codec.decode(codec.encode(states, each, start), start) for each in (width, FULL_WIDTH))
-            result.append(torch.cat([full[:, :, :, :sinks], back[:, :, :, sinks:]], dim=3).to(states.dtype))
+            back = codec.decode(codec.encode(states, width, start), start).to(states.dtype)
+            back[:, :, :, :sinks] = states[:, :, :, :sinks].to(codec.full_dtype)
+            result.append(back)
         return tuple(result)
 
     def relative_errors(self, bits: int) -> list[torch.Tensor]:

@@ -1,13 +1,13 @@
 """The caches that the benchmark measures, by the names that `--methods` takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-from helpers.cache import Balance, key_balance_of, use_key_balance
+from helpers.cache import Balance
 from helpers.evaluation.methods import FullPrecision, Method, PackedMethod, StockQuantized
 from helpers.io import ROOT
 from helpers.policies import CachedModel, FixedBits, LearnedController, RandomBits, Step
@@ -41,11 +41,8 @@ class BalancedMethod(BenchmarkMethod):
 
     def open(self, model: PreTrainedModel, capacity: int) -> CachedModel:
         config = model.config
-        before = key_balance_of(config)
-        use_key_balance(model, _random_balance(config.num_hidden_layers, config.num_key_value_heads, config.head_dim))
-        opened = super().open(model, capacity)
-        use_key_balance(model, before)
-        return opened
+        balance = _random_balance(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        return replace(self.method, balance=balance).open(model)
 
 
 @lru_cache(maxsize=4)
