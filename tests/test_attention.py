@@ -76,6 +76,13 @@ class Case:
     centre: str = "rotary"
     balanced: bool = False
     partial: float = 1.0  # share of a head that rotary embedding turns; 0 for a model without
+    softcap: float | None = None
+    aside: bool = False  # with scores of nothing, as gpt-oss has
+
+    @property
+    def special(self) -> dict[str, object]:
+        heads = self.kv_heads * self.groups
+        return {"softcap": self.softcap, "s_aux": torch.linspace(-1, 3, heads) if self.aside else None}
 
 
 BASE = Case()
@@ -95,6 +102,11 @@ CODED = {
     ", settled, some kept": {"bits": 8, "pending": True, "settle": (2, 4, 3), "then": "mixed"},
     ", settled, padded": {"bits": 4, "pending": True, "settle": (2, 4, 3), "rows": 3, "padding": (0, 5, 11)},
     ", cropped into the sinks": {"crop": 46, "bits": (4, 8), "groups": 3},
+}
+SPECIAL = {
+    "capped": {"softcap": 1.5},
+    "with scores of nothing": {"aside": True},
+    "capped, with scores of nothing": {"softcap": 1.5, "aside": True},
 }
 CASES = {
     **{f"{bits} bits": replace(BASE, bits=bits) for bits in (2, 4, 8, 16)},
@@ -135,6 +147,14 @@ CASES = {
     "bfloat16": replace(BASE, dtype=torch.bfloat16, bits="mixed"),
     "bfloat16, 3 groups": replace(BASE, dtype=torch.bfloat16, bits="mixed", groups=3, padding=(7,)),
     **{f"{name}{more}": replace(BASE, **how, **case) for more, case in CODED.items() for name, how in CODINGS.items()},
+    **{
+        f"{name}{more}": replace(BASE, **how, **case)
+        for more, case in {"": {}, **dict(list(CODED.items())[1:4])}.items()
+        for name, how in SPECIAL.items()
+    },
+    "capped, several pieces, with scores of nothing": replace(
+        BASE, tokens=690, block=64, groups=3, pending=True, bits=8, softcap=1.5, aside=True
+    ),
     "several pieces": replace(BASE, tokens=690, bits=4, then=2, block=64),
     "several pieces, 3 groups": replace(BASE, tokens=690, bits=8, pending=True, block=64, groups=3),
 }
@@ -201,7 +221,14 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates,
     return states, query, mask
 
 
-def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor | None, scaling: float):
+def dense_weights(
+    states: PackedStates,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+):
     """Attention `[B, H, G, Q, tokens]` over the dequantized tokens in text order, and their values, in float64."""
     committed = states.store.dense(states.layer, states.cache.committed)
     tails = states.tail_keys, states.tail_values
@@ -212,7 +239,13 @@ def dense_weights(states: PackedStates, query: torch.Tensor, mask: torch.Tensor 
     seen = (at <= at[length - queries :, None])[None, None]
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask == 0
-    return scores.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1), values, seen
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp().masked_fill(~seen[:, :, None], 0.0)
+    total = weights.sum(-1, keepdim=True)
+    if s_aux is not None:
+        total = total + (s_aux.to(scores).view(*scores.shape[1:3], 1, 1) - top).exp()
+    return weights / total, values, seen
 
 
 def received_of(states: PackedStates) -> list[torch.Tensor]:
@@ -225,11 +258,12 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
     module, device = implementation
     states, query, mask = build(case, device)
     scaling = case.head_dim**-0.5
-    weights, values, seen = dense_weights(states, query, mask, scaling)
+    special = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.special.items()}
+    weights, values, seen = dense_weights(states, query, mask, scaling, **special)
     if module.__name__ != "helpers.cache.attention.reference":
         assert module.supports(query, states, mask, True)
     before = received_of(states)
-    output, variance = module.packed_attention(query, states, mask, scaling, record_variance=True)
+    output, variance = module.packed_attention(query, states, mask, scaling, record_variance=True, **special)
 
     expected = (weights @ values[:, :, None]).flatten(1, 2)
     assert output.dtype == case.dtype
@@ -237,7 +271,8 @@ def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
     assert (output.double() - expected).abs().max() < ABSOLUTE[case.dtype]
 
     count = seen.sum(-1).double()
-    spread = weights.square().sum(-1).flatten(1, 2).mean(1) / count[:, 0] - count[:, 0] ** -2
+    spread = weights.square().sum(-1).flatten(1, 2).mean(1) / count[:, 0]
+    spread -= weights.sum(-1).square().flatten(1, 2).mean(1) / count[:, 0].square()
     assert torch.allclose(variance.double(), spread, rtol=2e-4, atol=1e-9)
 
     assert bool(before) == case.pending

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache
 
 from helpers.cache.bucket import Segment, Stage
 from helpers.cache.layer import PackedLayer
@@ -18,18 +18,22 @@ from helpers.cache.tokens import EMPTY
 
 
 class Accounting:
-    """Counts what the `layers` (tails) and the `stores` (committed tokens) of a packed cache take up."""
+    """Counts what the layers (`packed`: tails; others) and the `stores` (committed tokens) of a packed cache take up."""
 
-    layers: list[PackedLayer]
+    kinds: list[str]
+    packed: list[PackedLayer]
+    other_layers: list[CacheLayerMixin]
     stores: list[PackedStore]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the cache owns, spare capacity included; one that is shared may come more than once."""
         for store in self.stores:
             yield from store.tensors()
-        for layer in self.layers:
+        for layer in self.packed:
             yield from layer.states()
-        recorded = (layer.received for layer in self.layers)
+        for layer in self.other_layers:
+            yield from tensors_of(layer)
+        recorded = (layer.received for layer in self.packed)
         yield from (x for x in (*recorded, self.visible, self.attention_variance) if x is not None)
         yield from (total for total, *_ in self.checks.waiting)
 
@@ -42,7 +46,7 @@ class Accounting:
 
     def live_bytes(self) -> int:
         """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
-        spare = sum(x[:, :, layer.tail_length :].nbytes for layer in self.layers for x in layer.states())
+        spare = sum(x[:, :, layer.tail_length :].nbytes for layer in self.packed for x in layer.states())
         for _, segment in self._segments():
             unused = segment.capacity - segment.slots
             spare += sum(x.nbytes // segment.capacity * unused for x in segment.buffers.named().values())
@@ -60,10 +64,21 @@ class Accounting:
         return [pair for store in self.stores for pair in store.layout.segments()]
 
     def bits_per_element(self) -> float:
-        """Live bits per cached number, scales, bookkeeping and tail included; 16 would be plain half precision."""
-        a_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for layer in self.layers for x in layer.states())
+        """Live bits per number of the packed layers, scales, bookkeeping and tail included; 16 would be plain half
+        precision."""
+        a_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for layer in self.packed for x in layer.states())
         elements = a_token * self.get_seq_length()
-        return 8 * self.live_bytes() / elements if elements else 0.0
+        others = sum(x.nbytes for layer in self.other_layers for x in tensors_of(layer))
+        return 8 * (self.live_bytes() - others) / elements if elements else 0.0
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """`stored_bytes` of each kind of layer, by the library's word for it; its numbers add up to `stored_bytes()`."""
+        total, result = self.stored_bytes(), {}
+        for kind, layer in zip(self.kinds, self.layers, strict=True):
+            if layer in self.other_layers:
+                held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(layer)}
+                result[kind] = result.get(kind, 0) + sum(held.values())
+        return {"full_attention": total - sum(result.values()), **result}
 
     def code_bits(self) -> float:
         """Average width of the stored codes, tail counted at 16, scales and bookkeeping left out."""
@@ -78,15 +93,15 @@ class Accounting:
 
     def _token_bits(self) -> torch.Tensor:
         self.end_forward()
-        rows, heads = self.layers[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.layers)
-        packed = self.layers[0].packed_length
+        rows, heads = self.packed[0].keys.shape[0], sum(layer.keys.shape[1] for layer in self.packed)
+        packed = self.packed[0].packed_length
         total = torch.zeros(rows, packed + 1, dtype=torch.float64)  # the last takes what empty slots hold
         for stage, segment in self._segments():
             held = segment.used()
             at = held.positions().masked_fill(held.token == EMPTY, packed).transpose(0, 1).flatten(1).cpu()
             bits = (stage.key_bits + stage.value_bits) / 2
             total.scatter_add_(1, at, torch.full(at.shape, bits, dtype=torch.float64))
-        tail = total.new_full((rows, self.layers[0].tail_length), FULL_WIDTH)
+        tail = total.new_full((rows, self.packed[0].tail_length), FULL_WIDTH)
         return torch.cat([total[:, :-1] / heads, tail], dim=1)
 
 
@@ -94,7 +109,7 @@ def stored_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache of any kind holds."""
     if isinstance(cache, Accounting):
         return cache.stored_bytes()
-    tensors = {id(t): t for layer in cache.layers for value in vars(layer).values() for t in _tensors(value)}
+    tensors = {id(t): t for layer in cache.layers for t in tensors_of(layer)}
     return sum(t.nbytes for t in tensors.values())
 
 
@@ -108,6 +123,12 @@ def code_bits(cache: Cache) -> float:
     if isinstance(cache, Accounting):
         return cache.code_bits()
     return 16.0 if isinstance(cache, DynamicCache) and not isinstance(cache, QuantizedCache) else float("nan")
+
+
+def tensors_of(layer: CacheLayerMixin) -> Iterator[torch.Tensor]:
+    """Every tensor that a layer of the library holds."""
+    for value in vars(layer).values():
+        yield from _tensors(value)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

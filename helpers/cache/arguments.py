@@ -1,30 +1,15 @@
-"""What the cache refuses: models it cannot serve, settings out of range, widths that do not fit the tokens."""
+"""What the cache refuses: settings out of range, and widths that do not fit the tokens; models: see `kinds`."""
 
 import numpy as np
 from transformers import PreTrainedConfig
 
 from helpers.cache.balance import Balance
 from helpers.cache.codec import CENTRES, QUANTIZERS
+from helpers.cache.kinds import packed_layers
 from helpers.cache.quantization import Widths, check_width, width_pair
 from helpers.cache.tokens import EMPTY
 
 MOST_SINKS = 8  # fewer than the tokens that are there when the first are committed
-
-
-def refuse_unsupported(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` for encoder-decoder models and for those with other layers than full attention."""
-    name = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"PackedKVCache serves decoder-only models; {name} is an encoder-decoder model")
-    text = config.get_text_config(decoder=True)
-    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
-    if other:
-        raise ValueError(f"PackedKVCache serves full attention only; {name} has layers of type {', '.join(other)}")
-    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        raise ValueError(
-            f"PackedKVCache serves full attention only; {name} has sliding_window={text.sliding_window} "
-            "(set it to None if texts stay shorter)"
-        )
 
 
 def check_settings(
@@ -50,20 +35,22 @@ def check_settings(
     if not isinstance(balance, Balance | None):
         raise ValueError(f"balance must be a Balance, 'model' or None, got {balance!r}")
     if balance is not None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        expected = [config.num_hidden_layers, heads, head_dim(config), head_dim(config)]
+        layer = config.per_layer_config[packed_layers(config)[0]]
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        expected = [len(packed_layers(config)), heads, head_dim(config), head_dim(config)]
         if quantizer == "minmax":
             raise ValueError("balance turns keys, which quantizer 'minmax' stores as they are: use 'rotated'")
         if list(balance.matrices.shape) != expected:
             raise ValueError(
-                f"balance must be of this model, {expected} (layers, key/value heads, head_dim, head_dim), got "
+                f"balance must be of this model, {expected} (packed layers, key/value heads, head_dim, head_dim), got "
                 f"{list(balance.matrices.shape)}"
             )
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Numbers in a key of one head; some configurations leave it to be computed."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Numbers in a key of one head of the packed layers; some configurations leave it to be computed."""
+    layer = config.per_layer_config[packed_layers(config)[0]]
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 def check_settling(

@@ -8,20 +8,28 @@ the cache does that by itself, without it somebody calls `commit`, as `policies.
 pending can later be settled: moved to another width. The cache knows nothing of how widths are chosen.
 """
 
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from helpers.cache.accounting import Accounting
-from helpers.cache.arguments import check_settings, check_settling, head_dim, refuse_unsupported, token_widths
+from helpers.cache.accounting import Accounting, tensors_of
+from helpers.cache.arguments import check_settings, check_settling, head_dim, token_widths
 from helpers.cache.balance import Balance, key_balance_of
 from helpers.cache.bucket import Stage
 from helpers.cache.centre import CENTRE_TOKENS
 from helpers.cache.codec import Coding
 from helpers.cache.finite import FiniteChecks
+from helpers.cache.kinds import describe_layers, kinds_of, other_layers, shares_states
 from helpers.cache.layer import PackedLayer, PackedStates
 from helpers.cache.order import places
 from helpers.cache.peak import PeakBytes
@@ -35,8 +43,17 @@ NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles th
 PACKED_ATTENTION = "packed_kv"  # the name under which transformers knows packed attention
 
 
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    print(text)
+
+
 class PackedKVCache(ReadsPrompts, Accounting, Cache):
-    """Key/value cache with packed, mixed-width storage for full-attention decoder models.
+    """Key/value cache of decoder models, with packed, mixed-width storage in their layers of full attention.
+
+    Layers of other kinds (sliding windows, chunks, linear attention) are the library's own, in full precision; which
+    are packed is printed once a model that has such layers, and said by `describe`. Where tokens are committed,
+    settled, counted or described, packed layers are meant.
 
     Args:
         config: the model's configuration.
@@ -58,7 +75,8 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
     Packed attention tells the cache which tokens are padding; with any other attention, padding of left-padded rows
     enters the centring vectors unless `cache.visible` is set to the attention mask (as `PolicyDriver.prefill` does).
 
-    Raises `ValueError` for widths, blocks or models that it cannot serve: encoder-decoder and sliding-window models.
+    Raises `ValueError` for widths, blocks or models that it cannot serve: encoder-decoder models, latent attention, and
+    models without a layer of full attention.
     """
 
     def __init__(
@@ -73,7 +91,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         balance: Balance | Literal["model"] | None = "model",
         stretch: bool = True,
     ):
-        refuse_unsupported(config)
+        self.kinds = kinds_of(config)
         self.config = config.get_text_config(decoder=True)
         if balance == "model":
             balance = None if quantizer == "minmax" else key_balance_of(self.config)
@@ -85,9 +103,22 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         self.block, self.max_length = block, max_length
         self.rows_note = ""  # why rows cannot be reordered
         self.record_variance = self.record_received = self.record_errors = False
+        others = other_layers(self.config)
+        self.shares_states = shares_states(self.config)
+        self.packed: list[PackedLayer] = []  # the layers that are packed; stores and attention count only these
+        for number in range(len(self.kinds)):
+            if number not in others:
+                self.packed.append(PackedLayer(self, len(self.packed)))
+        packed = iter(self.packed)
+        super().__init__(layers=[others.get(number) or next(packed) for number in range(len(self.kinds))])
         self._clear()
         self.hands_out_packed = self.reads_packed
-        super().__init__(layers=[PackedLayer(self, i) for i in range(self.config.num_hidden_layers)])
+        if others:
+            _say_once(f"{self.config.model_type}: {self.describe()}")
+
+    def describe(self) -> str:
+        """Which layers are packed, in one line."""
+        return describe_layers(self.kinds)
 
     def _clear(self) -> None:
         self.stores: list[PackedStore] = []
@@ -108,22 +139,33 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
     @property
     def reads_packed(self) -> bool:
         """Whether the model's attention takes `PackedStates` (see `attention.use_packed_attention`)."""
-        return self.config._attn_implementation == PACKED_ATTENTION
+        return self.config._attn_implementation == PACKED_ATTENTION and not self.shares_states
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """See `PackedLayer.update`; raises `ValueError` for a layer that the cache's model does not have."""
+        """Take the next tokens of one layer: see `PackedLayer.update`.
+
+        Raises `ValueError` for a layer that the cache's model does not have, and after a forward that was interrupted.
+        """
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"the cache was made for a model of {len(self.layers)} layers and got states of layer {layer_idx + 1}: "
                 "use one cache per model"
             )
-        return self.layers[layer_idx].update(key_states, value_states)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedLayer):
+            return layer.update(key_states, value_states)
+        self._expect_in_step(layer_idx, key_states.shape[2])
+        states = layer.update(key_states, value_states, *args, **kwargs)
+        self.peak.note(*states, *tensors_of(layer))
+        if isinstance(layer, DynamicSlidingWindowLayer) and states[0].shape[2] > 2 * layer.keys.shape[2]:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # or views keep a whole prompt
+        return states
 
     def states(self, layer_idx: int) -> PackedStates:
-        """What one layer holds."""
+        """What one of the packed layers holds."""
         store, layer = self.store_of.get(layer_idx, (None, 0))
         layout = None if store is None else store.layouts[layer]
-        held = self.layers[layer_idx]
+        held = self.packed[layer_idx]
         if layout is not None and not held.packed_length:  # the store is there, but this layer is not in it yet
             store = layout = None
         return PackedStates(self, store, layout, layer, layer_idx, held.keys, held.values, held.tail_length)
@@ -131,7 +173,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
     @property
     def tail_length(self) -> int:
         """Tokens in the full-precision tail."""
-        return self.layers[0].tail_length
+        return self.packed[0].tail_length
 
     @property
     def committable(self) -> int:
@@ -172,7 +214,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         self.end_forward()
         if read := isinstance(bits, torch.Tensor):
             bits = self.checks.read(bits)
-        rows = self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
+        rows = self.packed[0].keys.shape[0] if self.packed[0].is_initialized else 0
         widths, tokens = token_widths(bits, rows, tokens, pending)
         ready = self.undecided
         tokens = ready if tokens is None else tokens
@@ -202,11 +244,11 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         for store in self._made_stores():
             received = None
             if plan is not None and plan.steps and self.record_received:
-                received = torch.stack([self.layers[i].tail_received(tokens) for i in store.layers])
+                received = torch.stack([self.packed[i].tail_received(tokens) for i in store.layers])
             keys, values = self._oldest(store.layers, tokens)
             total = store.commit(keys, values, self.committed, self.block, plan, widths, received)
             self._expect_finite(total, self.committed, tokens)
-        for layer in self.layers:
+        for layer in self.packed:
             layer.drop_front(tokens)
         self.committed += tokens
 
@@ -220,7 +262,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def _oldest(self, layers: list[int], tokens: int) -> list[torch.Tensor]:
         """Keys and values of the oldest `tokens` tokens of the tails of `layers`, `[L, B, H, tokens, D]` each."""
-        tails = [self.layers[i] for i in layers]
+        tails = [self.packed[i] for i in layers]
         states = [torch.stack([getattr(x, side)[:, :, :tokens] for x in tails]) for side in ("keys", "values")]
         self.peak.note(*states)
         return states
@@ -278,7 +320,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         if self.stores:
             return self.stores
         groups: dict[tuple, list[int]] = {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.packed):
             groups.setdefault(layer.kind, []).append(i)
         for members in groups.values():
             real = None if self.visible is None else self._real_tokens()
@@ -291,7 +333,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def _make_store(self, members: list[int], real: torch.Tensor | None) -> PackedStore:
         """A store for the layers `members`; `real` `[B, tokens of the tail]` is False for padding."""
-        first = self.layers[members[0]]
+        first = self.packed[members[0]]
         store = PackedStore(members, first.keys, first.values, self.coding, self.max_length, self.peak.note)
         if self.coding.sinks:
             sinks = np.ones((first.keys.shape[0], self.coding.sinks), dtype=bool)
@@ -305,15 +347,54 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
+        fresh = other_layers(self.config)  # the library's only zeroes its states, and they stay as long as they are
+        self.layers = [fresh.get(number, layer) for number, layer in enumerate(self.layers)]
+        for layer in self.packed:
+            layer.reset()
         self._clear()
+
+    @property
+    def other_layers(self) -> list[CacheLayerMixin]:
+        """The layers that are not packed."""
+        return [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
+
+    def _expect_croppable(self, tokens_to_remove: int) -> None:
+        """Raise `ValueError` where a layer that is not packed cannot give tokens back, before anything is changed."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, PackedLayer | DummyLayer) or getattr(layer, "record_past", False):
+                continue
+            full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+            if full or isinstance(layer, LinearAttentionCacheLayerMixin):
+                raise ValueError(
+                    f"crop({tokens_to_remove}): layer {number} ({self.kinds[number]}) has let go of what came before "
+                    "its newest tokens; call cache.activate_past_recording() before the tokens are read that may be "
+                    "taken back"
+                )
+
+    def _expect_in_step(self, layer_idx: int, tokens: int) -> None:
+        """Raise `ValueError` where a layer that is not packed holds other tokens than the packed ones.
+
+        A forward that was interrupted leaves them so.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CacheLayerMixin) or isinstance(layer, DummyLayer):
+            return
+        first = self.layers.index(self.packed[0])
+        length = self.packed[0].get_seq_length() - (tokens if layer_idx > first else 0)
+        if layer.get_seq_length() != length:
+            raise ValueError(
+                f"layer {layer_idx} of the cache holds {layer.get_seq_length()} tokens and layer {first} {length}: a "
+                "forward was interrupted; reset the cache"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens (a non-positive count, as everywhere in transformers 5)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a non-positive number of tokens to remove, got {tokens_to_remove}")
-        if not self.layers[0].is_initialized:
+        if not self.packed[0].is_initialized:
             return
+        if tokens_to_remove:
+            self._expect_croppable(tokens_to_remove)
         self.end_forward()
         length = max(0, self.get_seq_length() + tokens_to_remove)
         if length < self.committed + self.held:
@@ -322,8 +403,10 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
             self.held_errors = [errors[:, : self.held] for errors in self.held_errors]
             for store in self.stores:
                 store.crop(length)
-        for layer in self.layers:
+        for layer in self.packed:
             layer.shorten(length)
+        for layer in self.other_layers:
+            layer.crop(tokens_to_remove)
         if not self.committed + self.held:
             self.stores, self.store_of = [], {}
         if self.visible is not None:
@@ -331,14 +414,14 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `beam_idx`; raises `ValueError` where a driver cannot follow."""
-        if self.layers[0].is_initialized and self.rows_note:
+        if self.packed[0].is_initialized and self.rows_note:
             raise ValueError(f"the rows of this cache cannot be reordered{self.rows_note}")
         self.map_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        if self.layers[0].is_initialized:
-            self.map_rows(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
+        if self.packed[0].is_initialized:
+            self.map_rows(torch.arange(self.packed[0].keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, numbers or a mask."""
@@ -346,11 +429,12 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def map_rows(self, index: torch.Tensor) -> None:
         """Replace the rows of the batch by the rows `index`, in every tensor of the cache."""
-        if not self.layers[0].is_initialized:
+        if not self.packed[0].is_initialized:
             return
         self.end_forward()
         for layer in self.layers:
             layer.reorder_cache(index)
+        self.peak.note(*(x for layer in self.other_layers for x in tensors_of(layer)))
         self.held_errors = [errors.index_select(0, index.to(errors.device)) for errors in self.held_errors]
         for store in self.stores:
             store.map_rows(index.to(store.device))

@@ -22,7 +22,7 @@ class PackedStates:
     store: PackedStore | None  # None while nothing is committed
     layout: Layout | None  # which of the store's tokens this layer sees
     layer: int  # index of the layer inside `store`
-    layer_idx: int  # index of the layer in the model
+    layer_idx: int  # index of the layer among the packed ones
     keys: torch.Tensor  # the tail's buffers [B, H, tail tokens or more, D]
     values: torch.Tensor
     tail: int  # tokens in the tail
@@ -47,7 +47,7 @@ class PackedStates:
         tails = self.tail_keys, self.tail_values
         if self.store is None:
             return tails
-        packed = self.store.dense(self.layer, self.cache.layers[self.layer_idx].packed_length)
+        packed = self.store.dense(self.layer, self.cache.packed[self.layer_idx].packed_length)
         states = []
         for tail in tails:  # nothing may hold on to one side's packed tokens while the other's are read
             states.append(torch.cat([next(packed).to(tail.dtype), tail], dim=2))

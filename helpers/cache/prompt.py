@@ -14,9 +14,9 @@ from helpers.cache.store import PORTION, PackedStore
 
 
 class ReadsPrompts:
-    """Follows a forward through the `layers`; the tokens that it commits are `coming` in each of them until its end."""
+    """Follows a forward through the `packed` layers; the tokens that it commits are `coming` in each of them until its end."""
 
-    layers: list[PackedLayer]
+    packed: list[PackedLayer]
     store_of: dict[int, tuple[PackedStore, int]]
     plan: Plan | None
 
@@ -36,7 +36,7 @@ class ReadsPrompts:
         self._expect_whole()
         self.end_forward()
         for store in self.stores:
-            store.reserve(self.layers[0].get_seq_length() + tokens)
+            store.reserve(self.packed[0].get_seq_length() + tokens)
         self.hands_out_packed = self.reads_packed  # asked once a forward: reading a configuration is slow
         if self.plan is not None:
             self.commit_ready()
@@ -47,15 +47,15 @@ class ReadsPrompts:
     @property
     def is_whole(self) -> bool:
         """Whether all layers hold equally many tokens: not while a forward runs, nor after one was interrupted."""
-        length = self.layers[0].get_seq_length()
-        return all(layer.get_seq_length() == length for layer in self.layers)
+        length = self.packed[0].get_seq_length()
+        return all(layer.get_seq_length() == length for layer in self.packed)
 
     def _expect_whole(self) -> None:
         if not self.is_whole:
-            lengths = [layer.get_seq_length() for layer in self.layers]
+            lengths = [layer.get_seq_length() for layer in self.packed]
             raise ValueError(
                 f"layers of the cache hold between {min(lengths)} and {max(lengths)} tokens: a forward was "
-                f"interrupted, or the model has fewer than {len(self.layers)} layers; reset the cache and use one per "
+                f"interrupted, or the model has fewer than {len(self.packed)} layers; reset the cache and use one per "
                 "model"
             )
 
@@ -66,7 +66,7 @@ class ReadsPrompts:
             self._real = None if self.visible is None else self._real_tokens()
         if not self.coming:
             return
-        layer, first = self.layers[layer_idx], self.committed + self.held
+        layer, first = self.packed[layer_idx], self.committed + self.held
         store, at = self._store_with(layer_idx)
         keys, values = (x[None, :, :, : self.coming] for x in (layer.keys, layer.values))
         received = None
@@ -83,7 +83,7 @@ class ReadsPrompts:
         if not self.coming:
             return
         self._expect_whole()
-        self._commit_layer(len(self.layers) - 1)
+        self._commit_layer(len(self.packed) - 1)
         coming, self.coming = self.coming, 0
         if not coming:
             return
@@ -92,7 +92,7 @@ class ReadsPrompts:
             self.committed += coming
         else:
             self.held += coming
-            heads = sum(layer.keys.shape[1] for layer in self.layers)
+            heads = sum(layer.keys.shape[1] for layer in self.packed)
             known = self.held_errors or [errors[:, :0] for errors in self._errors]
             self.held_errors = [torch.cat([x, y / heads], dim=1) for x, y in zip(known, self._errors, strict=True)]
             self._errors = []
@@ -113,15 +113,15 @@ class ReadsPrompts:
 
         Later layers are not known yet when the first is committed: they are taken to be like it until one is not.
         """
-        layer = self.layers[layer_idx]
+        layer = self.packed[layer_idx]
         if layer_idx in self.store_of:
             store, at = self.store_of[layer_idx]
-            if self.layers[store.layers[0]].kind != layer.kind:
+            if self.packed[store.layers[0]].kind != layer.kind:
                 members = store.layers[at:]
                 store.keep_layers(at)
                 store, at = self._make_store(members, self._real), 0
         else:
-            store, at = self._make_store(list(range(layer_idx, len(self.layers))), self._real), 0
+            store, at = self._make_store(list(range(layer_idx, len(self.packed))), self._real), 0
         if store.key.centre is not None and not layer.packed_length:
             tail = layer.tail_length
             store.fix_centre(layer.keys[None, :, :, :tail], self._real, tail, slice(at, at + 1))

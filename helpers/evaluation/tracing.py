@@ -57,7 +57,7 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
     if own:  # made once a process, for all caches
         rotation_matrix(head_dim(cache.config))
         if cache.coding.balance is not None:
-            shared = cache.coding.balance.turns(range(len(cache.layers)), "cpu", torch.float32)
+            shared = cache.coding.balance.turns(range(len(cache.packed)), "cpu", torch.float32)
             trace.of_the_model = {x.untyped_storage()._cdata for x in shared}
 
     def traced(method):
@@ -79,12 +79,12 @@ def trace_cache(cache: Cache) -> Iterator[CacheTrace]:
 
     for name in WORK if own else ("update",):
         setattr(cache, name, traced(getattr(cache, name)))
-    for layer in cache.layers if own else ():
+    for layer in cache.packed if own else ():
         received(layer, layer.add_received)
     try:
         yield trace
     finally:
         for name in WORK if own else ("update",):
             delattr(cache, name)
-        for layer in cache.layers if own else ():
+        for layer in cache.packed if own else ():
             del layer.add_received

@@ -155,14 +155,14 @@ def _is_hadamard(rotation: torch.Tensor) -> bool:
 
 
 def _make_call(plan: _Plan, key: tuple, kv_heads: int, dim: int, value_dim: int) -> _Call:
-    rows, heads, queries, tail, scaling, threads, _ = key
+    rows, heads, queries, tail, scaling, softcap, threads, _ = key
     groups = heads // kv_heads
     total = plan.slots + tail
     if threads > 1 and (2 * total * rows * heads * queries * dim < SERIAL_WORK or _parallel() is None):
         threads = 1
     pieces = len(plan.task_starts) - 1 - (-tail // plan.piece)
     grouped = groups * queries
-    factor = ctypes.c_float(scaling)
+    factor = (ctypes.c_float * 2)(scaling, softcap or 0.0)
     p = plan.parameters.copy()
     p[kernel.ROWS], p[kernel.HEADS], p[kernel.GROUPS], p[kernel.QUERIES] = rows, kv_heads, groups, queries
     p[kernel.DIM], p[kernel.VALUE_DIM], p[kernel.TAIL], p[kernel.PIECE_SIZE] = dim, value_dim, tail, plan.piece
@@ -211,6 +211,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     record_variance: bool = False,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference.packed_attention`, for calls that `supports` accepts."""
     rows, heads, queries, dim = query.shape
@@ -227,7 +229,7 @@ def packed_attention(
     plan = derived.get(("numba", threads))
     if plan is None:
         plan = derived["numba", threads] = _make_plan(states.store, states.layout, rows * keys.shape[1], threads)
-    call, key = plan.call, (rows, heads, queries, tail, scaling, threads, threading.get_ident())
+    call, key = plan.call, (rows, heads, queries, tail, scaling, softcap, threads, threading.get_ident())
     if call is None or call.key != key:
         call = plan.call = _make_call(plan, key, keys.shape[1], dim, value_dim)
 
@@ -243,6 +245,10 @@ def packed_attention(
         bias = _bias(attention_mask)
         p[kernel.BIAS], p[kernel.BIAS_TOKENS] = bias.data_ptr(), bias.shape[-1]
         p[kernel.BIAS_ROW], p[kernel.BIAS_QUERY] = bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1)
+    p[kernel.S_AUX] = 0
+    if s_aux is not None:
+        s_aux = s_aux.detach().float().contiguous()
+        p[kernel.S_AUX] = s_aux.data_ptr()
     variance = None
     if record_variance:
         variance = query.new_empty(rows, heads, queries)

@@ -263,6 +263,14 @@ def _exp(x):
     return p * power if x > np.float32(-87.0) else np.float32(0.0)
 
 
+@_compiled
+def _capped(x, cap):
+    """`cap * tanh(x / cap)`"""
+    e = _exp(np.float32(-2.0) * abs(x) / cap)
+    y = cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
+    return y if x >= np.float32(0.0) else -y
+
+
 @_ordered
 def _highest(scores, tokens):
     """The largest score; which one where some are not numbers is left open."""
@@ -290,7 +298,8 @@ def _floats(address, count):
     return carray(_address(address), (count,), np.float32)
 
 
-# Entries of the parameter list of a call, int64 each.
+# Entries of the parameter list of a call, int64 each. SCALING points to two float32: the factor of scores, and what they
+# are capped by (0: by nothing); S_AUX to one for each query head, if there are any.
 (
     TABLE, TABLE_ROWS, TASK_STARTS, PACKED_TASKS,
     LAYER, ROWS, HEADS, GROUPS, QUERIES, DIM, VALUE_DIM, TAIL, PIECE_SIZE, BFLOAT, SCALING,
@@ -298,8 +307,8 @@ def _floats(address, count):
     TAIL_KEYS, TAIL_KEYS_ROW, TAIL_KEYS_HEAD, TAIL_VALUES, TAIL_VALUES_ROW, TAIL_VALUES_HEAD,
     KEY_ROTATION, KEY_HADAMARD, KEY_HEAD, VALUE_ROTATION, VALUE_HADAMARD,
     CENTRE, PHASES, PAIRS, CELL, BIAS, BIAS_ROW, BIAS_QUERY, BIAS_TOKENS,
-    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, PARAMETERS,
-) = range(46)  # fmt: skip
+    OUT, VARIANCE, COUNTERS, PARTIALS, SCRATCH, SCORES, PENDING, S_AUX, PARAMETERS,
+) = range(47)  # fmt: skip
 
 
 STATS = 4  # maximum, sum, sum of squares and number of visible tokens, before a partial result
@@ -359,7 +368,7 @@ def _attend(p, table, head, piece, pieces, scratch):
     place = p[PARTIALS] + 4 * (head * pieces + piece) * rows * (STATS + value_dim)
     weighted = carray(_address(place), (rows, value_dim), np.float32)
     stats = carray(_address(place + 4 * rows * value_dim), (rows, STATS), np.float32)
-    scaling = carray(_address(p[SCALING]), (1,), np.float32)[0]
+    scaling, cap = _floats(p[SCALING], 2)[0], _floats(p[SCALING], 2)[1]
     place0 = (p[LAYER] * p[ROWS] + row) * p[HEADS] + kv_head
     centred = coded and p[CENTRE] != 0
     moving = centred and p[PAIRS] > 0
@@ -480,6 +489,9 @@ def _attend(p, table, head, piece, pieces, scratch):
                 else:
                     for t in range(n):
                         scores[r, t] *= scaling
+                if cap > np.float32(0):
+                    for t in range(n):
+                        scores[r, t] = _capped(scores[r, t], cap)
                 if hides or (in_tail and queries > 1):
                     if p[BIAS]:
                         bias = _floats(p[BIAS] + 4 * (row * p[BIAS_ROW] + q * p[BIAS_QUERY]), p[BIAS_TOKENS])
@@ -578,6 +590,10 @@ def _combine(p, table, head, pieces, scratch):
         highest = np.float32(-np.inf)
         for i in range(pieces):
             highest = max(highest, parts[i, stats0 + r * STATS])
+        aside = np.float32(-np.inf)
+        if p[S_AUX]:
+            aside = _floats(p[S_AUX], heads)[kv_head * groups + g]
+            highest = max(highest, aside)
         out = _floats(p[OUT] + 4 * ((row * queries + q) * heads + kv_head * groups + g) * value_dim, value_dim)
         for j in range(value_dim):
             out[j] = np.float32(0)
@@ -611,13 +627,17 @@ def _combine(p, table, head, pieces, scratch):
                 _dots(rotation, value_dim, turned, back)
                 for j in range(value_dim):
                     out[j] += back[j]
+        visible = total
+        if p[S_AUX]:
+            total += _exp(aside - highest)
         share = np.float32(1) / total if total > 0 else np.float32(0)
         for j in range(value_dim):
             out[j] *= share
         if p[VARIANCE]:
             variance = _floats(p[VARIANCE] + 4 * ((row * heads + kv_head * groups + g) * queries + q), 1)
             seen = max(seen, np.float32(1))
-            variance[0] = max(squares * share * share / seen - np.float32(1) / (seen * seen), np.float32(0))
+            mean = visible * share / seen
+            variance[0] = max(squares * share * share / seen - mean * mean, np.float32(0))
         for b in range(p[TABLE_ROWS]):
             if table[b, RECEIVED]:
                 slots = table[b, STOP] - table[b, FIRST]

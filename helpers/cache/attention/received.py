@@ -16,13 +16,18 @@ RECEIVED_WINDOW = 64  # queries
 
 
 def record_prompt_received(
-    query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    states: PackedStates,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> None:
     """Add what the tokens of a layer receive while nothing is committed, from the newest queries `[B, heads, Q, D]`."""
     keys, last = states.tail_keys, slice(-RECEIVED_WINDOW, None)
     if keys.shape[2] > states.cache.block:
         mask = None if attention_mask is None else attention_mask[:, :, last]
-        weights, _ = plain_weights(query[:, :, last], keys, mask, scaling)
+        weights, _ = plain_weights(query[:, :, last], keys, mask, scaling, softcap, s_aux)
         record_tail_received(weights, states)
 
 
@@ -37,4 +42,4 @@ def record_tail_received(weights: torch.Tensor, states: PackedStates) -> None:
     block = torch.arange(older, keys, device=weights.device) // size
     later = block[-queries:, None] > block
     received = [weights[..., :older].sum((2, 3)), (weights[..., older:] * later).sum((2, 3))]
-    states.cache.layers[states.layer_idx].add_received(torch.cat(received, -1))
+    states.cache.packed[states.layer_idx].add_received(torch.cat(received, -1))

@@ -12,7 +12,7 @@ import torch
 
 from helpers.cache.attention.received import record_tail_received
 from helpers.cache.attention.variance import row_variance
-from helpers.cache.attention.weights import apply_mask, future_keys, grouped_mask
+from helpers.cache.attention.weights import apply_mask, capped, future_keys, grouped_mask, softmax
 from helpers.cache.codec import Codec
 from helpers.cache.layer import PackedStates
 from helpers.cache.quantization import FULL_WIDTH
@@ -25,11 +25,15 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     record_variance: bool = False,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query` `[B, heads, Q, D]` over one layer's packed tokens and its tail.
 
     `attention_mask`, bool or additive, is `[B or 1, heads or 1, Q, tokens]` with keys by position; without it the
-    queries are the newest tokens and see everything up to themselves. Computed in float32 (float64 where the query
+    queries are the newest tokens and see everything up to themselves. `softcap` draws the scaled scores smoothly into
+    (-softcap, softcap) (Gemma 2); `s_aux` `[heads]` are scores of nothing, which take a share of each row's weights
+    (gpt-oss). Computed in float32 (float64 where the query
     is). Returns `[B, heads, Q, D]` in the query's dtype and, if asked for, the variance `[B, Q]` of the attention
     rows, mean over heads. Where the cache records attention received (see `received`), it is added to pending tokens
     and to those of the tail.
@@ -45,14 +49,14 @@ def packed_attention(
     scores = []
     packed = _packed_scores(q, store.key, held, layer)
     for segment, tokens, part in zip(segments, held, packed, strict=True):
-        part = part * scaling
+        part = capped(part * scaling, softcap)
         if mask is not None:
             at = tokens.positions().clamp_(max=mask.shape[-1] - 1)[:, :, None, None]
             part = apply_mask(part, mask.gather(-1, at.expand(*mask.shape[:-1], at.shape[-1])))
         if segment.ragged:
             part = part.masked_fill((tokens.token == EMPTY)[:, :, None, None], -torch.inf)
         scores.append(part)
-    tail = (q @ states.tail_keys.to(store.dtype)[:, :, None].mT) * scaling
+    tail = capped((q @ states.tail_keys.to(store.dtype)[:, :, None].mT) * scaling, softcap)
     if mask is not None:
         tail = apply_mask(tail, mask[..., -tail.shape[-1] :])
     elif queries > 1:
@@ -60,7 +64,7 @@ def packed_attention(
     scores.append(tail)
 
     scores = torch.cat(scores, dim=-1)
-    weights = scores.softmax(dim=-1)
+    weights = softmax(scores, s_aux)
     # A row of padding sees nothing; its softmax is not a number, and nobody reads what comes of it.
     weights = weights.nan_to_num(0.0) if mask is not None else weights
     output = _weighted_values(weights, states, held)

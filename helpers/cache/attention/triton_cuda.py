@@ -64,7 +64,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Numbers that change from call to call: a kernel compiled for a special value of one would be compiled again and again.
 _ATTEND_NUMBERS = [
     "key_head", "cells", "cell", "layer", "kv_heads", "groups", "queries", "committed", "tail", "piece_tokens",
-    "pending", "scaling", "hidden",
+    "pending", "scaling", "softcap", "hidden",
     "query_row", "query_head", "query_token", "keys_row", "keys_head", "values_row", "values_head",
     "mask_row", "mask_head", "mask_query", "mask_tokens",
 ]  # fmt: skip
@@ -176,9 +176,9 @@ def _turned_query(query, rotation, D: tl.constexpr, FIRST_ENTRY: tl.constexpr, W
 def _piece(
     keys, values, key_scales, value_scales, tokens, starts, ragged, first, stop,
     query, row, rotation, offsets, cell, mask, mask_tokens, mask_from, hidden, kept, pending_at, causal_from, factor,
-    partial,
+    softcap, partial,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    TILE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr,
+    TILE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Slots `first` to `stop` of one head: maximum, sums and weighted values of one query row or of several.
 
@@ -253,6 +253,11 @@ def _piece(
             if offsets is not None:
                 place = tl.load(starts + t, mask=inside, other=0) // cell
                 scores += tl.load(offsets + place, mask=known, other=0) * factor
+
+        if CAPPED:  # softcap * tanh(scores / softcap), both in exponents of 2
+            e = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
+            bent = softcap * (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0, -bent, bent)
 
         visible = inside
         if TAIL:
@@ -349,9 +354,10 @@ def _field(table, column, vector, TYPE: tl.constexpr, NUMBERS: tl.constexpr):
 
 @triton.jit
 def _stored_piece(
-    table, layer, head, b, query, row, rotation, offsets, cell, mask, mask_tokens, hidden, scores, factor, partial,
+    table, layer, head, b, query, row, rotation, offsets, cell, mask, mask_tokens, hidden, scores, factor, softcap,
+    partial,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILE: tl.constexpr,
-    FULL_TYPE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr,
+    FULL_TYPE: tl.constexpr, BOOL: tl.constexpr, DOT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """`_piece` of packed tokens: the piece that a row of the table describes."""
     KEY_TYPE: tl.constexpr = FULL_TYPE if KEY_BITS == FULL else tl.uint8
@@ -371,19 +377,19 @@ def _stored_piece(
         _field(table, BLOCK_START, b * capacity + start, tl.int32, 1),
         tl.load(table + RAGGED), tl.load(table + FIRST).to(tl.int32), tl.load(table + STOP).to(tl.int32),
         query, row, rotation, offsets, cell, mask, mask_tokens, 0, hidden, scores,
-        tl.load(table + PENDING_AT).to(tl.int32), 0, factor, partial,
-        KEY_BITS, VALUE_BITS, False, D, DV, TILE, BOOL, DOT,
+        tl.load(table + PENDING_AT).to(tl.int32), 0, factor, softcap, partial,
+        KEY_BITS, VALUE_BITS, False, D, DV, TILE, BOOL, DOT, CAPPED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ATTEND_NUMBERS)
 def _attend(
     table, query, tail_keys, tail_values, key_rotation, offsets, mask, scores, partials,
-    key_head, cells, cell, layer, kv_heads, groups, queries, committed, tail, piece_tokens, pending, scaling, hidden,
-    query_row, query_head, query_token, keys_row, keys_head, values_row, values_head,
+    key_head, cells, cell, layer, kv_heads, groups, queries, committed, tail, piece_tokens, pending, scaling, softcap,
+    hidden, query_row, query_head, query_token, keys_row, keys_head, values_row, values_head,
     mask_row, mask_head, mask_query, mask_tokens,
     STAGES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    FULL_TYPE: tl.constexpr, BOOL: tl.constexpr,
+    FULL_TYPE: tl.constexpr, BOOL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """First launch, programs `[pieces, rows x kv_heads, query rows]`: what one piece gives one head."""
     DOT: tl.constexpr = ROWS > 1
@@ -412,6 +418,7 @@ def _attend(
     if key_rotation is not None:
         key_rotation += (layer * kv_heads + h) * key_head
     factor = scaling * LOG2E
+    softcap = softcap * LOG2E
 
     if piece >= committed:
         first = (piece - committed) * piece_tokens
@@ -422,8 +429,8 @@ def _attend(
             tl.multiple_of(tail_values + (b * values_row + h * values_head) * DV, _alignment(DV * BYTES)),
             None, None, None, None, 0, first, stop,
             query, row, None, None, 1, mask, mask_tokens, mask_tokens - tail, hidden, None, 0,
-            tail - queries + newest + 1, factor, partial,
-            FULL, FULL, True, D, DV, TILE, BOOL, DOT,
+            tail - queries + newest + 1, factor, softcap, partial,
+            FULL, FULL, True, D, DV, TILE, BOOL, DOT, CAPPED,
         )  # fmt: skip
     else:
         table += piece * COLUMNS
@@ -432,14 +439,19 @@ def _attend(
             if stage == i:
                 _stored_piece(
                     table, layer, head, b, query, row, key_rotation, offsets, cell, mask, mask_tokens, hidden, scores,
-                    factor, partial, STAGES[i][0], STAGES[i][1], D, DV, TILE, FULL_TYPE, BOOL, DOT,
+                    factor, softcap, partial, STAGES[i][0], STAGES[i][1], D, DV, TILE, FULL_TYPE, BOOL, DOT, CAPPED,
                 )  # fmt: skip
 
 
 @triton.jit
-def _totals(stats, r, row, pieces, grouped, WIDTH: tl.constexpr):
-    """Of the query rows `r` of one head over all pieces: maximum, sum, sum of squares, number of visible tokens."""
+def _totals(stats, s_aux, r, row, h, groups, queries, pieces, WIDTH: tl.constexpr):
+    """Of the query rows `r` of head `h` over all pieces: maximum, sum, sum of squares, number of visible tokens; and
+    what of the sum is the head's own `s_aux`."""
+    grouped = groups * queries
     top = tl.full(r.shape, float("-inf"), tl.float32)
+    if s_aux is not None:
+        aside = tl.load(s_aux + h * groups + r // queries, mask=row, other=float("-inf")) * LOG2E
+        top = aside
     for at in range(0, pieces, PIECES_AT_ONCE):
         piece = at + tl.arange(0, PIECES_AT_ONCE)
         place = stats + (piece[:, None] * grouped + r[None, :]) * WIDTH
@@ -447,6 +459,9 @@ def _totals(stats, r, row, pieces, grouped, WIDTH: tl.constexpr):
         top = tl.maximum(top, tl.max(tl.load(place, mask=known, other=float("-inf")), 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros_like(top)
+    if s_aux is not None:
+        total = tl.exp2(aside - top)
+    apart = total
     squares = tl.zeros_like(top)
     seen = tl.zeros_like(top)
     for at in range(0, pieces, PIECES_AT_ONCE):
@@ -457,7 +472,7 @@ def _totals(stats, r, row, pieces, grouped, WIDTH: tl.constexpr):
         total += tl.sum(weight * tl.load(place + 1, mask=known, other=0), 0)
         squares += tl.sum(weight * weight * tl.load(place + 2, mask=known, other=0), 0)
         seen += tl.sum(tl.load(place + 3, mask=known, other=0), 0)
-    return top, total, squares, seen
+    return top, total, squares, seen, apart
 
 
 @triton.jit
@@ -480,14 +495,15 @@ def _weighted(stats, top, first, stop, column, inside, grouped, WIDTH: tl.conste
 
 @triton.jit
 def _finish(
-    stats, value_rotation, output, variance, r, b, h, kv_heads, groups, queries, turned, pieces, DV: tl.constexpr
-):
+    stats, value_rotation, s_aux, output, variance, r, b, h, kv_heads, groups, queries, turned, pieces,
+    DV: tl.constexpr,
+):  # fmt: skip
     """Output and variance of query row `r` of one head."""
     WIDTH: tl.constexpr = STATS + DV
     PADDED: tl.constexpr = triton.next_power_of_2(DV)
     grouped = groups * queries
     rows = r + tl.arange(0, 1)
-    top, total, squares, seen = _totals(stats, rows, rows < grouped, pieces, grouped, WIDTH)
+    top, total, squares, seen, apart = _totals(stats, s_aux, rows, rows < grouped, h, groups, queries, pieces, WIDTH)
     top = tl.sum(top, 0)
     total = tl.sum(total, 0)
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
@@ -513,16 +529,21 @@ def _finish(
     tl.store(place + column, (result * share).to(output.dtype.element_ty), mask=inside)
     if variance is not None:
         seen = tl.maximum(tl.sum(seen, 0), 1.0)
-        spread = tl.sum(squares, 0) * share * share / seen - 1.0 / (seen * seen)
+        mean = (total - tl.sum(apart, 0)) * share / seen
+        spread = tl.sum(squares, 0) * share * share / seen - mean * mean
         tl.store(variance + (b * heads + query_head) * queries + newest, tl.maximum(spread, 0.0))
 
 
 @triton.jit
-def _add_received(table, stats, scores, layer, head, grouped, pieces, pending, ROWS: tl.constexpr, DV: tl.constexpr):
+def _add_received(
+    table, stats, s_aux, scores, layer, head, h, groups, queries, pieces, pending,
+    ROWS: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
     """Add to the attention received by the tokens of the pending piece that a row of the table describes."""
     r = tl.arange(0, ROWS)
+    grouped = groups * queries
     row = r < grouped
-    top, total, _squares, _seen = _totals(stats, r, row, pieces, grouped, STATS + DV)
+    top, total, _squares, _seen, _apart = _totals(stats, s_aux, r, row, h, groups, queries, pieces, STATS + DV)
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     place = (layer.to(tl.int64) * tl.num_programs(1) + head) * tl.load(table + CAPACITY) + tl.load(table + START)
     received = _field(table, RECEIVED, place, tl.float16, 1)
@@ -539,7 +560,7 @@ def _add_received(table, stats, scores, layer, head, grouped, pieces, pending, R
 
 @triton.jit(do_not_specialize=_COMBINE_NUMBERS)
 def _combine(
-    table, partials, value_rotation, scores, output, variance,
+    table, partials, value_rotation, s_aux, scores, output, variance,
     layer, kv_heads, groups, queries, committed, turned, pieces, pending,
     ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
@@ -548,13 +569,15 @@ def _combine(
     job = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     stats = partials + head * pieces * (grouped * (STATS + DV))
+    h = head % kv_heads
     if job < grouped:
         b = head // kv_heads
-        h = head % kv_heads
-        _finish(stats, value_rotation, output, variance, job, b, h, kv_heads, groups, queries, turned, pieces, DV)
+        _finish(
+            stats, value_rotation, s_aux, output, variance, job, b, h, kv_heads, groups, queries, turned, pieces, DV
+        )
     elif scores is not None:
         waiting = table + (committed + job - grouped) * COLUMNS
-        _add_received(waiting, stats, scores, layer, head, grouped, pieces, pending, ROWS, DV)
+        _add_received(waiting, stats, s_aux, scores, layer, head, h, groups, queries, pieces, pending, ROWS, DV)
 
 
 @triton.jit
@@ -654,6 +677,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     record_variance: bool = False,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `reference.packed_attention`, for calls that `supports` accepts."""
     store = states.store
@@ -682,6 +707,7 @@ def packed_attention(
     if centre is not None:
         grouped_query = query.float().view(rows, kv_heads, groups, queries, dim)
         offsets = centre.by_cell(grouped_query, states.layer).contiguous()
+    s_aux = None if s_aux is None else s_aux.detach().float().contiguous()
     at_once = 1 if grouped == 1 else ROWS_PER_PROGRAM
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
         _attend[pieces, rows * kv_heads, -(-grouped // at_once)](
@@ -689,16 +715,16 @@ def packed_attention(
             dim * dim if store.key.per_head else 0, 0 if offsets is None else offsets.shape[-1],
             1 if offsets is None else min(centre.cell, LAST_POSITION),
             states.layer, kv_heads, groups, queries, plan.committed, tail, plan.piece_tokens, plan.pending,
-            float(scaling), hidden,
+            float(scaling), float(softcap or 1.0), hidden,
             *query.stride()[:3], *(stride // x.shape[3] for x in (tail_keys, tail_values) for stride in x.stride()[:2]),
             *mask_strides[:3], mask.shape[-1] if mask is not None else tail,
             STAGES=plan.stages, D=dim, DV=value_dim, ROWS=at_once,
             TILE=TILE if at_once == 1 and max(dim, value_dim) <= 64 else SMALL_TILE,
             FULL_TYPE=_TYPES[store.key.full_dtype], BOOL=attention_mask is not None and boolean,
-            num_warps=WARPS, enable_fp_fusion=True,
+            CAPPED=softcap is not None, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _combine[grouped + plan.pending_pieces, rows * kv_heads](
-            plan.table, partials, plan.value_rotation, scores, output, variance,
+            plan.table, partials, plan.value_rotation, s_aux, scores, output, variance,
             states.layer, kv_heads, groups, queries, plan.committed, plan.turned, pieces, plan.pending,
             ROWS=triton.next_power_of_2(grouped), DV=value_dim, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

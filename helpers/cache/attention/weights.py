@@ -7,23 +7,41 @@ import torch
 
 
 def plain_weights(
-    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `[B, H, G, Q, tokens]` of the newest queries over all keys, and the scores that they come from, scaled.
 
     `query` is `[B, H * G, Q, D]`, `keys` `[B, H, tokens, D]`: G query heads share a key/value head. The score of a key
-    that a query does not see is -inf.
+    that a query does not see is -inf. `softcap` and `s_aux` as in `reference.packed_attention`.
     """
     rows, heads, queries, _ = query.shape
     kv_heads = keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.to(dtype).reshape(rows, kv_heads, heads // kv_heads, queries, -1)
-    scores = (q @ keys.to(dtype)[:, :, None].mT).mul_(scaling)
+    scores = capped((q @ keys.to(dtype)[:, :, None].mT).mul_(scaling), softcap)
     if attention_mask is None:
         scores[..., -queries:].masked_fill_(future_keys(queries, queries, query.device), -torch.inf)
-        return scores.softmax(-1), scores
+        return softmax(scores, s_aux), scores
     scores = apply_mask(scores, grouped_mask(attention_mask, rows, heads, kv_heads))
-    return scores.softmax(-1).nan_to_num(0.0), scores  # padding sees nothing
+    return softmax(scores, s_aux).nan_to_num(0.0), scores  # padding sees nothing
+
+
+def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores drawn smoothly into (-softcap, softcap), before any mask; as they are where there is no cap."""
+    return scores if softcap is None else (scores / softcap).tanh_().mul_(softcap)
+
+
+def softmax(scores: torch.Tensor, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """Weights of scores `[B, H, G, Q, tokens]`; with `s_aux` `[heads]` a share of each row goes to no token."""
+    if s_aux is None:
+        return scores.softmax(-1)
+    aside = s_aux.to(scores).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, aside], -1).softmax(-1)[..., :-1]
 
 
 def grouped_mask(mask: torch.Tensor | None, rows: int, heads: int, kv_heads: int) -> torch.Tensor | None:
