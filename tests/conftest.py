@@ -18,6 +18,9 @@ from helpers.training.tokenizer import train_tokenizer
 SHARED = ROOT.parent / "shared"
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4}
+LOCAL_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
 # What each family needs beside heads and head_dim; the first two are those on which every property is checked.
 FAMILIES = {
     "llama": {},
@@ -28,7 +31,63 @@ FAMILIES = {
     "gpt_neox": {},
     "phi3": {},
     "opt": {"do_layer_norm_before": True, "dropout": 0.0},
+    "apertus": {},
+    "cohere": {},
+    "ernie4_5": {},
+    "gemma": {},
+    "glm": {},
+    "granite": {},
+    "mixtral": {"sliding_window": None, **LOCAL_EXPERTS},
+    "nemotron": {},
+    "olmo2": {},
+    "olmoe": EXPERTS,
+    "phi": {},
+    "qwen3_moe": EXPERTS,
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {},
 }
+WINDOW = 24  # tokens that a sliding or chunked layer sees
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
+
+# Families with layers of other kinds beside those of full attention.
+HYBRIDS = {
+    "gemma2": {**SLIDING, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 32},
+    "gemma3n_text": {
+        "sliding_window": WINDOW, "layer_types": SLIDING["layer_types"] * 2, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gpt_oss": {**SLIDING, **LOCAL_EXPERTS},
+    "olmo3": SLIDING,
+    "cohere2": SLIDING,
+    "exaone4": SLIDING,
+    "vaultgemma": {**SLIDING, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": WINDOW,
+        "no_rope_layers": [1, 0], "intermediate_size_mlp": 64, **LOCAL_EXPERTS,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        **LINEAR, **EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64, **MAMBA, **LOCAL_EXPERTS,
+    },
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8,
+              "use_mamba_kernels": False},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16,
+                   "layers_block_type": ["mamba", "attention"]},
+}  # fmt: skip
+WITHOUT_HEAD_DIM = (
+    "apertus", "bamba", "cohere", "cohere2", "exaone4", "gpt_neox", "granite", "granitemoehybrid", "jamba", "lfm2",
+    "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "stablelm",
+)  # fmt: skip
 
 
 def tiny_config(family: str, head_dim: int = 32, layers: int = 2):
@@ -44,9 +103,14 @@ def tiny_config(family: str, head_dim: int = 32, layers: int = 2):
                  "intermediate_size": 64, "max_position_embeddings": 512}  # fmt: skip
         if family != "gpt_neox":
             sizes |= {"num_key_value_heads": 2}
-        if family not in ("gpt_neox", "phi3", "qwen2"):
+        if family not in WITHOUT_HEAD_DIM:
             sizes |= {"head_dim": head_dim}
-    return AutoConfig.for_model(family, **COMMON, **sizes, **FAMILIES[family])
+    more = {**FAMILIES, **HYBRIDS}[family]
+    if "layer_types" in more:
+        sizes["num_hidden_layers"] = len(more["layer_types"])
+    if "layers_block_type" in more:
+        del sizes["num_hidden_layers"]
+    return AutoConfig.for_model(family, **COMMON, **{**sizes, **more})
 
 
 def tiny_model(
@@ -56,12 +120,15 @@ def tiny_model(
     packed: bool = True,
     seed: int = 0,
     layers: int = 2,
+    attention: str | None = None,
 ):
     """A random model with weights large enough for attention to be far from even."""
     torch.manual_seed(seed)
     config = tiny_config(family, head_dim, layers)
     config.initializer_range = 0.9 / (4 * head_dim) ** 0.5
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    # Experts one after another: grouped they are not computed in every dtype.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
+    model = model.to(dtype).eval()
     model.generation_config.eos_token_id = None
     return use_packed_attention(model) if packed else model
 

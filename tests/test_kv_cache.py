@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, left_padded, random_ids, tiny_config, tiny_model
-from transformers import AutoConfig, DynamicCache
+from conftest import left_padded, random_ids, tiny_config, tiny_model
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from helpers.cache.bucket import Stage
@@ -588,36 +588,6 @@ def test_non_contiguous_states_are_stored_like_contiguous_ones(bits):
             for layer in cache.layers:
                 layer.update(part, part.flip(-1))
     same_content(*caches)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_generate_and_agree_with_the_full_cache(name):
-    model = tiny_model(name)
-    batch = left_padded([30, 22])
-    settings = {"max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(**batch, **settings)
-    fine = model.generate(**batch, **settings, cache=PackedKVCache(model.config, block=8))
-    assert torch.equal(fine, expected)
-    ids = random_ids(2, 48)
-    full = feed(model, DynamicCache(config=model.config), ids)
-    cache = PackedKVCache(model.config, bits=8, block=8)
-    feed(model, cache, ids[:, :40])
-    twin = copy.deepcopy(cache)
-    packed = feed(model, cache, ids[:, 40:])
-    model.set_attn_implementation("sdpa")
-    twin.config._attn_implementation = "sdpa"
-    assert (packed - feed(model, twin, ids[:, 40:])).abs().max() < 1e-5
-    assert 0 < (packed - full[:, 40:]).abs().mean() < 0.05 * full.std()
-
-
-def test_models_that_cannot_be_served_are_refused_by_name():
-    sliding = AutoConfig.for_model("mistral", sliding_window=64)
-    with pytest.raises(ValueError, match="mistral has sliding_window=64"):
-        PackedKVCache(sliding)
-    with pytest.raises(ValueError, match="gemma3_text has layers of type sliding_attention"):
-        PackedKVCache(AutoConfig.for_model("gemma3_text"))
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder model"):
-        PackedKVCache(AutoConfig.for_model("t5"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from helpers.cache.tokens import EMPTY
 
 
 class Accounting:
-    """Counts what the layers (`packed`: tails; others) and the `stores` (committed tokens) of a packed cache take up."""
+    """Counts what the layers (of `packed` ones: tails) and the `stores` (committed tokens) of a cache take up."""
 
     kinds: list[str]
     packed: list[PackedLayer]
@@ -72,7 +72,7 @@ class Accounting:
         return 8 * (self.live_bytes() - others) / elements if elements else 0.0
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """`stored_bytes` of each kind of layer, by the library's word for it; its numbers add up to `stored_bytes()`."""
+        """`stored_bytes` of each kind of layer, by the library's word for it; together they are all."""
         total, result = self.stored_bytes(), {}
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             if layer in self.other_layers:

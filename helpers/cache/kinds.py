@@ -39,8 +39,8 @@ def kinds_of(config: PreTrainedConfig) -> list[str]:
         window = getattr(text, "sliding_window", None)
         hint = f"; it has sliding_window={window}: set it to None if texts stay shorter" if window else ""
         raise ValueError(
-            f"PackedKVCache packs layers of full attention; {name} has only {', '.join(sorted(set(kinds)))}, so nothing "
-            f"would be packed{hint}"
+            f"PackedKVCache packs layers of full attention; {name} has only {', '.join(sorted(set(kinds)))}, so "
+            f"nothing would be packed{hint}"
         )
     return kinds
 
@@ -77,7 +77,7 @@ def describe_layers(kinds: list[str]) -> str:
     others = Counter(kind for kind in kinds if not is_packed(kind))
     if not others:
         return f"all {len(packed)} layers packed"
+    plural = "s" if len(packed) > 1 else ""
     shown = ", ".join(map(str, packed)) if len(packed) <= 12 else f"{len(packed)} of full attention"
     rest = ", ".join(f"{count} of type {kind}" for kind, count in sorted(others.items()))
-    return f"packed: layers {shown} of {len(kinds)}; as the library keeps them: {rest}"
-
+    return f"packed: layer{plural} {shown} of {len(kinds)}; as the library keeps them: {rest}"

@@ -406,7 +406,8 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         for layer in self.packed:
             layer.shorten(length)
         for layer in self.other_layers:
-            layer.crop(tokens_to_remove)
+            if tokens_to_remove or getattr(layer, "record_past", False):
+                layer.crop(tokens_to_remove)
         if not self.committed + self.held:
             self.stores, self.store_of = [], {}
         if self.visible is not None:

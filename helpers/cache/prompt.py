@@ -14,7 +14,7 @@ from helpers.cache.store import PORTION, PackedStore
 
 
 class ReadsPrompts:
-    """Follows a forward through the `packed` layers; the tokens that it commits are `coming` in each of them until its end."""
+    """Follows a forward through the `packed` layers; the tokens that it commits are `coming` in each until its end."""
 
     packed: list[PackedLayer]
     store_of: dict[int, tuple[PackedStore, int]]

@@ -150,7 +150,7 @@ def _plain_attention(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`[B, query tokens, heads, D]`, worked through some queries at a time, so that not all weights are there at once."""
+    """`[B, query tokens, heads, D]`, some queries at a time, so that not all weights are there at once."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, tokens, parts = query.shape[2], key.shape[2], []
     for at in range(0, queries, QUERIES_AT_ONCE):

@@ -298,7 +298,7 @@ def _floats(address, count):
     return carray(_address(address), (count,), np.float32)
 
 
-# Entries of the parameter list of a call, int64 each. SCALING points to two float32: the factor of scores, and what they
+# Entries of the parameter list of a call, int64 each. SCALING points to two float32, the factor of scores and what they
 # are capped by (0: by nothing); S_AUX to one for each query head, if there are any.
 (
     TABLE, TABLE_ROWS, TASK_STARTS, PACKED_TASKS,
