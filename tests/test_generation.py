@@ -114,7 +114,7 @@ def test_a_policy_that_reads_logits_asks_for_the_prefill():
     model = tiny_model("llama")
     cache = PackedKVCache(model.config, block=8)
     driver = PolicyDriver(model, cache, EntropyRule())
-    with pytest.raises(ValueError, match=r"call driver.prefill\(inputs\) first"):
+    with pytest.raises(ValueError, match=r"call driver.prefill\(inputs\) before each"):
         model.generate(**left_padded([40]), cache=cache, logits_processor=[driver], max_new_tokens=5)
 
 

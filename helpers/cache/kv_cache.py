@@ -8,8 +8,11 @@ the cache does that by itself, without it somebody calls `commit`, as `policies.
 pending can later be settled: moved to another width. The cache knows nothing of how widths are chosen.
 """
 
+from copy import deepcopy
 from functools import lru_cache
+from itertools import count
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ from helpers.cache.centre import CENTRE_TOKENS
 from helpers.cache.codec import Coding
 from helpers.cache.finite import FiniteChecks
 from helpers.cache.kinds import describe_layers, kinds_of, other_layers, shares_states
-from helpers.cache.layer import PackedLayer, PackedStates
+from helpers.cache.layer import PackedLayer, PackedStates, UnreadStates
 from helpers.cache.order import places
 from helpers.cache.peak import PeakBytes
 from helpers.cache.plan import Plan, Scores, Step
@@ -41,6 +44,10 @@ from helpers.cache.store import PackedStore
 
 NEVER = Step(10**9, 2)  # the step of blocks that wait until somebody settles them
 PACKED_ATTENTION = "packed_kv"  # the name under which transformers knows packed attention
+
+
+CACHES: "WeakValueDictionary[int, PackedKVCache]" = WeakValueDictionary()  # by the number in their handle
+_NUMBERS = count()
 
 
 @lru_cache(maxsize=64)
@@ -111,6 +118,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
                 self.packed.append(PackedLayer(self, len(self.packed)))
         packed = iter(self.packed)
         super().__init__(layers=[others.get(number) or next(packed) for number in range(len(self.kinds))])
+        self._register()
         self._clear()
         self.hands_out_packed = self.reads_packed
         if others:
@@ -131,9 +139,23 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         self.checks = FiniteChecks()
         self.peak = PeakBytes()
 
+    def _register(self) -> None:
+        """Have compiled code find this cache by `handle`: a tensor, so that no code is compiled for one cache alone."""
+        number = next(_NUMBERS)
+        self.handle = torch.tensor(number)
+        CACHES[number] = self
+
+    def __deepcopy__(self, memo: dict) -> "PackedKVCache":
+        """A cache that goes on by itself; the configuration stays the model's."""
+        memo[id(self.config)] = self.config
+        copied = memo[id(self)] = PackedKVCache.__new__(PackedKVCache)
+        copied.__setstate__({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
     def __setstate__(self, state: dict[str, object]) -> None:
         """A copy's tensors lie elsewhere: its peak begins with them."""
         self.__dict__.update(state)
+        self._register()
         self.peak.note(*self.tensors())
 
     @property
@@ -152,6 +174,12 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
                 "use one cache per model"
             )
         layer = self.layers[layer_idx]
+        if torch.compiler.is_compiling():
+            if not isinstance(layer, PackedLayer):
+                return layer.update(key_states, value_states, *args, **kwargs)
+            if self.hands_out_packed:
+                unread = UnreadStates(key_states, value_states, self.handle, layer_idx)
+                return unread, unread
         if isinstance(layer, PackedLayer):
             return layer.update(key_states, value_states)
         self._expect_in_step(layer_idx, key_states.shape[2])

@@ -55,6 +55,19 @@ class PackedStates:
         return tuple(states)
 
 
+@dataclass
+class UnreadStates:
+    """What `update` hands to packed attention while `torch.compile` traces: states that no layer has taken yet.
+
+    The operator of `attention.compiled` takes them and attends in one call that is opaque to the compiler.
+    """
+
+    key: torch.Tensor  # [B, H, n, D], as the model sent them
+    value: torch.Tensor
+    handle: torch.Tensor  # the cache's, by which it is found when the compiled code runs
+    layer_idx: int  # index of the layer in the model
+
+
 class PackedLayer(CacheLayerMixin):
     """One layer's full-precision tail: `keys` and `values` `[B, H, tail_length or more, D]`.
 

@@ -8,6 +8,7 @@ Every measurement, the gate and a user's own loop read texts with it. Policies c
 `read` shows it to the driver, which commits what is complete.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -71,6 +72,11 @@ class CachedModel:
             raise ValueError(f"tokens must lie between 0 and {self.length}, which are read, got {tokens}")
         else:
             self.cache.crop(-tokens)
+
+    def __deepcopy__(self, memo: dict) -> "CachedModel":
+        """One that goes on by itself from what was read, with the same model: texts that begin alike share it."""
+        memo[id(self.model)] = self.model
+        return CachedModel(self.model, copy.deepcopy(self.cache, memo), copy.deepcopy(self.driver, memo))
 
     def reset(self) -> None:
         """Forget the text; the next one starts anew."""

@@ -22,10 +22,12 @@ class PolicyDriver(LogitsProcessor):
     """Commits the tokens of `cache` at the widths that `policy` chooses.
 
     In `generate()` it works as a logits processor. `generate()` shows its caller only the last logits, so a policy
-    that reads features needs the prompt run through `prefill` first:
+    that reads features needs what is new in it run through `prefill` first, in each turn of a conversation:
 
         driver = PolicyDriver(model, cache, policy)
         model.generate(**driver.prefill(inputs), cache=cache, logits_processor=[driver])
+
+    `copy.deepcopy((cache, driver))` gives a pair that goes on by itself: texts that begin alike share what was read.
 
     Policies that read no features need no prefill and work with beams; the others refuse beams. Among several logits
     processors the driver belongs first, or it sees what the others made of the logits.
@@ -66,6 +68,7 @@ class PolicyDriver(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget the text; call it together with `cache.reset()`."""
+        self._text: list[torch.Tensor] = []  # every token that was read, [B, tokens] each
         self.token_ids: torch.Tensor | None = None  # whose widths are not chosen yet, [B, tokens]
         self.features = TokenFeatures()  # of the same
         self.chosen: list[torch.Tensor] = []  # widths committed so far, [B, tokens] each
@@ -85,23 +88,60 @@ class PolicyDriver(LogitsProcessor):
     def features(self, features: TokenFeatures) -> None:
         self._parts = [features]
 
+    def __deepcopy__(self, memo: dict) -> "PolicyDriver":
+        """A driver that goes on by itself, with a copy of the cache; the model is the same."""
+        memo[id(self.model)] = self.model
+        copied = memo[id(self)] = PolicyDriver.__new__(PolicyDriver)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """Every token that was read, `[B, tokens]`; None before the first."""
+        if len(self._text) > 1:  # joined when somebody looks, not at every token
+            self._text = [torch.cat(self._text, dim=1)]
+        return self._text[0] if self._text else None
+
     @torch.no_grad()
     def prefill(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run all but the last prompt token in one full-precision forward, commit them, return `inputs` unchanged.
+        """Read what the cache does not hold yet, but for the last token, in one forward; return `inputs` unchanged.
 
-        `inputs`: `input_ids` `[B, tokens]` and, for left-padded rows, `attention_mask`.
+        `inputs`: `input_ids` `[B, tokens]`, the whole text so far, and, for left-padded rows, `attention_mask`. Raises
+        `ValueError` where the text does not begin with what was read.
         """
         check_not_empty(inputs["input_ids"])
-        input_ids, mask = inputs["input_ids"][:, :-1], inputs.get("attention_mask")
+        known, mask = self.cache.get_seq_length(), inputs.get("attention_mask")
+        self._expect_same_text(inputs["input_ids"], known)
+        input_ids = inputs["input_ids"][:, known:-1]
         if input_ids.shape[1]:
             kwargs = {}
             if mask is not None and not bool(mask.all()):
                 mask = mask[:, :-1]
-                kwargs = {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-                self.cache.visible = mask.bool()
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+                kwargs = {"attention_mask": mask, "position_ids": positions[:, known:]}
+                if not self.cache.stores:  # the first commit centres keys by tokens that are no padding
+                    self.cache.visible = mask.bool()
             with explain_out_of_memory("reading the prompt", (self.model, self.cache)):
                 self.observe(input_ids, self.model(input_ids=input_ids, cache=self.cache, **kwargs).logits)
         return inputs
+
+    def _expect_same_text(self, input_ids: torch.Tensor, known: int) -> None:
+        read = None if self.text is None else self.text[:, :known]
+        if read is None or read.shape[1] < known:  # somebody else has read something
+            return
+        if input_ids.shape[0] != read.shape[0]:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[0]} row(s) and the cache {read.shape[0]}: reset cache and driver "
+                "before another batch"
+            )
+        length = min(known, input_ids.shape[1])
+        differs = (read[:, :length] != input_ids[:, :length]).any(0).nonzero()
+        same = int(differs[0]) if len(differs) else length
+        if same < known:
+            raise ValueError(
+                f"input_ids must begin with the {known} tokens that the cache has read, but only the first {same} are "
+                f"the same: take the others back with driver.crop({known - same}), or reset cache and driver"
+            )
 
     def observe(self, token_ids: torch.Tensor, logits: torch.Tensor) -> None:
         """Take note of tokens `[B, n]` just read and of their logits `[B, n, vocabulary]`, and commit what is ready."""
@@ -113,6 +153,7 @@ class PolicyDriver(LogitsProcessor):
             surprisal=self._surprisal(token_ids, log_p) if "surprisal" in self.wanted else None,
         )
         self._parts.append(self.latest)
+        self._text.append(token_ids)
         self.token_ids = token_ids if self.token_ids is None else torch.cat([self.token_ids, token_ids], dim=1)
         self._commit_ready()
 
@@ -140,6 +181,7 @@ class PolicyDriver(LogitsProcessor):
             raise ValueError(f"'{self.policy.name}' reads surprisal: crop needs last_logits, the prediction before it")
         self.last_log_p = None if last_logits is None else log_probabilities(last_logits)
         self.cache.crop(-tokens)
+        self._text = [] if self.text is None else [self.text[:, : held - tokens]]
         committed, rest = self.cache.committed, self.cache.get_seq_length() - self.cache.committed
         self.token_ids = None if self.token_ids is None else self.token_ids[:, :rest]
         self.features = self.features.slice(0, rest)
@@ -228,17 +270,19 @@ class PolicyDriver(LogitsProcessor):
                 "cannot follow assisted generation, which reads guesses ahead; use PackedKVCache(bits=...) with it"
             )
         if not self.policy.needs:
-            self.token_ids = input_ids[:, -held:]
+            self._text, self.token_ids = [input_ids], input_ids[:, -held:]
             self._commit_ready()
             return scores
         known = self.token_ids.shape[1] if self.token_ids is not None else 0
         if known >= held:  # an earlier generate() read one token more than it kept, and took it back
             known = held - 1
             self.token_ids, self.features = self.token_ids[:, :known], self.features.slice(0, known)
+            self._text = [self.text[:, : input_ids.shape[1] - 1]]
         if held - known > 1:
             raise ValueError(
                 f"'{self.policy.name}' reads {', '.join(sorted(self.wanted))} of every token, and generate() shows "
-                "only the last one's: call driver.prefill(inputs) first (beam search is not possible with this policy)"
+                "only the last one's: call driver.prefill(inputs) before each generate() (beam search is not possible "
+                "with this policy)"
             )
         self.observe(input_ids[:, -1:], scores[:, None])
         return scores

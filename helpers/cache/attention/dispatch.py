@@ -14,12 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from helpers.cache.attention.compiled import opaque_operator
 from helpers.cache.attention.received import record_prompt_received
 from helpers.cache.attention.reference import packed_attention
 from helpers.cache.attention.variance import attention_variance
 from helpers.cache.attention.weights import plain_weights
 from helpers.cache.kv_cache import PACKED_ATTENTION
-from helpers.cache.layer import PackedStates
+from helpers.cache.layer import PackedStates, UnreadStates
 
 QUERIES_AT_ONCE = 256  # of attention that is worked out in plain PyTorch
 FAST = {"cpu": "numba_cpu", "cuda": "triton_cuda"}
@@ -56,6 +57,10 @@ def packed_attention_forward(
     `attention_mask` covers keys by their position in the text; `softcap` and `s_aux` are of
     `reference.packed_attention`.
     """
+    if isinstance(key, UnreadStates):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        states = key.key, key.value, key.handle
+        return _opaque(query, *states, attention_mask, s_aux, key.layer_idx, scaling, softcap), None
     special = {"softcap": softcap, "s_aux": s_aux}
     if not isinstance(key, PackedStates):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **special, **kwargs)
@@ -83,6 +88,9 @@ def packed_attention_forward(
     if states.layer_idx == len(cache.packed) - 1:
         cache.end_forward()
     return output, None
+
+
+_opaque = opaque_operator(packed_attention_forward)
 
 
 def choose(query: torch.Tensor, states: PackedStates, attention_mask: torch.Tensor | None, record_variance: bool):
