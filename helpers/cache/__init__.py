@@ -16,6 +16,7 @@ from helpers.cache.kv_cache import PackedKVCache
 from helpers.cache.memory_errors import explain_out_of_memory
 from helpers.cache.plan import Demotion, Plan, Step
 from helpers.cache.quantization import WIDTHS, Widths, dequantize, quantize, rotation_matrix
+from helpers.cache.saving import restore, settings_of, state_of
 
 __all__ = [
     "WIDTHS",
@@ -32,7 +33,10 @@ __all__ = [
     "key_balance_of",
     "live_bytes",
     "quantize",
+    "restore",
     "rotation_matrix",
+    "settings_of",
+    "state_of",
     "stored_bytes",
     "use_key_balance",
     "use_packed_attention",

@@ -3,7 +3,7 @@
 `Accounting` is the part of `PackedKVCache` that counts; the functions count caches of any kind, the library's too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 
 import torch
@@ -41,8 +41,7 @@ class Accounting:
         """Bytes of every tensor the cache owns: codes, scales, tail, centring, bookkeeping, spare capacity."""
         if self.is_whole:
             self.end_forward()
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
-        return sum(storages.values())
+        return memory_of(self.tensors())
 
     def live_bytes(self) -> int:
         """`stored_bytes` without spare capacity: what the tokens now in the cache need, all metadata included."""
@@ -68,7 +67,7 @@ class Accounting:
         precision."""
         a_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for layer in self.packed for x in layer.states())
         elements = a_token * self.get_seq_length()
-        others = sum(x.nbytes for layer in self.other_layers for x in tensors_of(layer))
+        others = memory_of(x for layer in self.other_layers for x in tensors_of(layer))
         return 8 * (self.live_bytes() - others) / elements if elements else 0.0
 
     def bytes_by_kind(self) -> dict[str, int]:
@@ -76,8 +75,7 @@ class Accounting:
         total, result = self.stored_bytes(), {}
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             if layer in self.other_layers:
-                held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(layer)}
-                result[kind] = result.get(kind, 0) + sum(held.values())
+                result[kind] = result.get(kind, 0) + memory_of(tensors_of(layer))
         return {"full_attention": total - sum(result.values()), **result}
 
     def code_bits(self) -> float:
@@ -103,6 +101,11 @@ class Accounting:
             total.scatter_add_(1, at, torch.full(at.shape, bits, dtype=torch.float64))
         tail = total.new_full((rows, self.packed[0].tail_length), FULL_WIDTH)
         return torch.cat([total[:, :-1] / heads, tail], dim=1)
+
+
+def memory_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory behind tensors, what they share counted once."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def stored_bytes(cache: Cache) -> int:

@@ -33,7 +33,7 @@ class ReadsPrompts:
             self._commit_layer(layer_idx - 1)
 
     def _begin_forward(self, tokens: int) -> None:
-        self._expect_whole()
+        self.expect_whole()
         self.end_forward()
         for store in self.stores:
             store.reserve(self.packed[0].get_seq_length() + tokens)
@@ -50,7 +50,8 @@ class ReadsPrompts:
         length = self.packed[0].get_seq_length()
         return all(layer.get_seq_length() == length for layer in self.packed)
 
-    def _expect_whole(self) -> None:
+    def expect_whole(self) -> None:
+        """Raise `ValueError` where `is_whole` is False."""
         if not self.is_whole:
             lengths = [layer.get_seq_length() for layer in self.packed]
             raise ValueError(
@@ -82,7 +83,7 @@ class ReadsPrompts:
         """Commit the last layer of a prompt, once its attention is done, or whoever comes next asks for it."""
         if not self.coming:
             return
-        self._expect_whole()
+        self.expect_whole()
         self._commit_layer(len(self.packed) - 1)
         coming, self.coming = self.coming, 0
         if not coming:

@@ -1,8 +1,8 @@
 """Policies: how many bits each token's keys and values are stored with, and what runs a model under one.
 
 Here are the features that policies read, the rules, schedules and learned controllers, the driver that applies a policy
-to a cache, and `CachedModel`, which reads texts through a cache. How controllers are trained is in `helpers.training`;
-how good policies are is measured in `helpers.evaluation`.
+to a cache, and `CachedModel`, which reads texts through a cache; `saving` keeps what it read in files. How controllers
+are trained is in `helpers.training`; how good policies are is measured in `helpers.evaluation`.
 """
 
 from helpers.cache import Step
@@ -14,6 +14,7 @@ from helpers.policies.learned import LearnedController, LearnedSchedule, Learned
 from helpers.policies.policy import Policy
 from helpers.policies.rarity import TokenCounts
 from helpers.policies.rules import EntropyRule, FixedBits, RandomBits
+from helpers.policies.saving import load_cache, save_cache
 from helpers.policies.schedules import (
     COMPACT_SCHEDULE,
     FINE_SCHEDULE,
@@ -46,5 +47,7 @@ __all__ = [
     "TokenCounts",
     "TokenFeatures",
     "decode",
+    "load_cache",
+    "save_cache",
     "score_blocks",
 ]

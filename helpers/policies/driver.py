@@ -77,6 +77,20 @@ class PolicyDriver(LogitsProcessor):
         self.latest = TokenFeatures()  # of the tokens observed last
         self.last_log_p: torch.Tensor | None = None  # [B, vocabulary], the newest prediction if surprisal is wanted
 
+    def restore(self, known: dict[str, torch.Tensor], counts: bool) -> None:
+        """Take over what another driver of the same policy knew, see `helpers.policies.saving`."""
+        self.reset()
+        self._text = [known["text"]] if "text" in known else []
+        self.token_ids, self.last_log_p = known.get("token_ids"), known.get("last_log_p")
+        features = {name.removeprefix("features."): x for name, x in known.items() if name.startswith("features.")}
+        self.features = TokenFeatures(**features)
+        self.chosen = [known["chosen"].cpu()] if "chosen" in known else []
+        if counts:
+            self.committed_ids = [known["committed_ids"]] if "committed_ids" in known else []
+            self.row_counts = [self.start_counts.copy() for _ in known["text"]]
+            for row_counts, row in zip(self.row_counts, known.get("committed_ids", []), strict=False):
+                row_counts.rarity(row.tolist())
+
     @property
     def features(self) -> TokenFeatures:
         """Of the tokens whose width is not chosen yet."""
