@@ -51,13 +51,13 @@ def ending_log_likelihoods(
     else:
         cached = method.open(model, text)
         first = cached.read(read, keep=1)
-        logits = torch.cat([first.expand(len(rows), -1, -1), _second_pass(cached, endings)], dim=1)
+        logits = torch.cat([first.expand(len(rows), -1, -1), read_endings(cached, endings)], dim=1)
     log_p = -surprisal_of(log_probabilities(logits), endings)
     sums = [log_p[number, : len(row)].sum().item() for number, row in enumerate(rows)]
     return np.array(sums), np.array([len(ending.encode()) for ending in item.endings])
 
 
-def _second_pass(cached: CachedModel, endings: torch.Tensor) -> torch.Tensor:
+def read_endings(cached: CachedModel, endings: torch.Tensor) -> torch.Tensor:
     """Logits `[endings, width - 1, vocabulary]` at all but the last token of each ending, after the cached context."""
     model, cache, ids = cached.model, cached.cache, endings[:, :-1]
     if not ids.shape[1]:
