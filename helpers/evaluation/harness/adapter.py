@@ -18,7 +18,7 @@ from helpers.evaluation.multiple_choice import read_endings
 from helpers.policies import score_blocks
 from helpers.policies.features import log_probabilities
 
-WHOLE = 128  # tokens of a continuation that are read in one forward; longer ones a block at a time, each committed
+WHOLE = 128  # tokens of a continuation that are read in one forward; others a block at a time, each committed
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens of the context, of the continuation
 Answer = tuple[float, bool]  # log-likelihood in nats; whether greedy decoding would write the continuation
@@ -59,22 +59,27 @@ class PackedLM(HFLM):
             groups.setdefault(tuple(whole[: -len(continuation)]), []).append(number)
         answers: dict[int, Answer] = {}
         for context, numbers in tqdm(groups.items(), self.method.name, disable=disable_tqdm, leave=False):
-            found = self._score(list(context), [requests[number][2] for number in numbers])
+            # Texts without a context of their own, of which perplexity is asked, bring no text along.
+            rolling = [requests[number][0] is None for number in numbers]
+            found = self._score(list(context), [requests[number][2] for number in numbers], any(rolling))
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
         return [answers[number] for number in range(len(requests))]
 
-    def _score(self, context: list[int], continuations: list[list[int]]) -> list[Answer]:
-        """Answers for the continuations of one context; raises `ValueError` where there is no context."""
+    def _score(self, context: list[int], continuations: list[list[int]], rolling: bool = False) -> list[Answer]:
+        """Answers for the continuations of one context; raises `ValueError` where there is no context.
+
+        `rolling` ones are the text itself, and read a block at a time however short they are.
+        """
         if not context:
             raise ValueError(f"a continuation must leave room for its context within {self.max_length} tokens")
         cached = self._open()
         first = cached.read(torch.tensor([context], device=self.device), keep=1)
         answers: dict[int, Answer] = {}
         for number, tokens in enumerate(continuations):
-            if len(tokens) > WHOLE:
+            if rolling or len(tokens) > WHOLE:
                 branch = cached if len(continuations) == 1 else copy.deepcopy(cached)
                 answers[number] = self._score_long(branch, first, tokens)
         short = [number for number in range(len(continuations)) if number not in answers]
