@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate-keys": ("helpers.training.commands:calibrate_keys", "measure how keys are best balanced before coding"),
     "train": ("helpers.training.commands:train", "train the controllers of a model (Part 2)"),
     "compare": ("helpers.evaluation.commands:compare", "all policies and baselines on one model (Part 4)"),
+    "facts": ("helpers.evaluation.commands:facts", "facts of long texts that a model still finds, by method"),
     "harness": ("helpers.evaluation.harness.command:harness", "tasks of the LM Evaluation Harness, caches committed"),
     "memory": ("helpers.evaluation.commands:memory", "peak, held and live bytes of every kind of cache"),
     "card": ("helpers.publishing.commands:card", "measure the embedded pair again and rewrite its card"),

@@ -1,4 +1,4 @@
-"""The commands of this package that print and write tables: `python main.py quality`, `compare` and `memory`."""
+"""The commands of this package that print and write tables: `python main.py quality`, `compare`, `memory`, `facts`."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,10 +11,19 @@ import torch
 from helpers.cache import key_balance_of, use_key_balance
 from helpers.evaluation import fixed_widths
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
+from helpers.evaluation.facts import fact_summary, fact_table, fact_texts
 from helpers.evaluation.key_bias import biased_keys
 from helpers.evaluation.memory import DECODED, EMBEDDED, STOCK_LIMIT, memory_methods, memory_table
 from helpers.evaluation.memory_targets import check_memory_targets, memory_targets_text
-from helpers.evaluation.methods import coding_methods, default_methods, multiple_choice_methods, seven_methods
+from helpers.evaluation.methods import (
+    FullPrecision,
+    PolicyName,
+    chosen_methods,
+    coding_methods,
+    default_methods,
+    multiple_choice_methods,
+    seven_methods,
+)
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
 from helpers.models import (
@@ -124,6 +133,38 @@ def compare(options: CompareOptions) -> None:
     about |= {"split": texts.split, "items": relative_to_root(items_source), "item_count": len(items)}
     about |= {"items_split": found.split, "items_schema": found.schema, "seed": options.seed}
     save_comparison(result, Path(options.out or preset.data_dir), name, about | {"processes": process_count()})
+
+
+@dataclass(frozen=True)
+class FactsOptions(Sources):
+    """What `facts` hides, and how what was read is stored."""
+
+    lengths: tuple[int, ...] = (2048, 4096, 7168)  # tokens of a text
+    counts: tuple[int, ...] = (12, 8, 6)  # texts of each length
+    facts: int = 4  # of each text
+    bits: tuple[int, ...] = (4, 2)  # fixed widths; full precision always comes first
+    policy: tuple[PolicyName, ...] = ("settle",)  # of the preset's controllers
+    controllers: str | None = None  # folder of controllers instead of the preset's
+
+
+def facts(options: FactsOptions) -> None:
+    """Print and write how many facts of long texts are found, by length, depth and method."""
+    if len(options.lengths) != len(options.counts):
+        raise ValueError(f"counts must be one for each of {len(options.lengths)} lengths, got {len(options.counts)}")
+    preset = options.get_preset()
+    source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
+    methods = chosen_methods(options.bits, options.policy, options.controllers or preset.data_dir / "controllers")
+    model, tokenizer = load_model(source)
+    filler = load_stories(texts_source, preset.test_split)
+    texts = [
+        (length, text)
+        for length, count in zip(options.lengths, options.counts)
+        for text in fact_texts(tokenizer, filler, length, count, options.facts, options.seed)
+    ]
+    table = fact_table(model, texts, [FullPrecision(), *methods])
+    print(fact_summary(table).round(3).to_string(index=False))
+    about = {"model": relative_to_root(source), "texts": relative_to_root(texts_source), "split": filler.split}
+    write_table(options.out or preset.data_dir / "facts.csv", table, about | {"seed": options.seed})
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from helpers.cache import Balance, PackedKVCache
 from helpers.cache.arguments import head_dim
 from helpers.evaluation.kivi import KiviCache
 from helpers.policies import CachedModel, EntropyRule, FixedBits, LearnedController, Policy, PolicyDriver, Step
-from helpers.policies.schedules import RANKINGS, SCHEDULES, AgeSchedule
+from helpers.policies.schedules import COMPACT_SCHEDULE, RANKINGS, SCHEDULES, AgeSchedule
 
+PolicyName = Literal["rule", "imitation", "commit", "settle", "compact"]
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
@@ -173,6 +174,20 @@ def seven_methods(controllers: str | Path) -> list[Group]:
         Group("schedule", _packed(control)),
         Group("stock", stock_methods()[:1]),
     ]
+
+
+def chosen_methods(bits: Sequence[int], policies: Sequence[PolicyName], controllers: str | Path) -> list[PackedMethod]:
+    """Fixed widths and policies as a command line names them; "compact" is the settle controller on that schedule."""
+    methods = _packed(*map(FixedBits, bits))
+    for name in policies:
+        if name == "rule":
+            policy = EntropyRule.load(controllers)
+        elif name == "compact":
+            policy = LearnedController.load(controllers, "settle", *COMPACT_SCHEDULE)
+        else:
+            policy = LearnedController.load(controllers, name)
+        methods += _packed(policy.at_average(4.0) if name == "commit" else policy)
+    return methods
 
 
 def multiple_choice_methods(controllers: str | Path) -> list[Group]:

@@ -2,15 +2,12 @@
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from helpers.evaluation.methods import FullPrecision, Method, PackedMethod
+from helpers.evaluation.methods import FullPrecision, PolicyName, chosen_methods
 from helpers.io import relative_to_root, write_table
 from helpers.models import load_model
 from helpers.models.sources import Sources
 from helpers.models.text_files import texts_folder
-from helpers.policies import EntropyRule, FixedBits, LearnedController
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class HarnessOptions(Sources):
 
     tasks: tuple[str, ...] = ("hellaswag",)  # over files with --texts-dir, else by the harness's names, from the hub
     bits: tuple[int, ...] = ()  # fixed widths; full precision always comes first
-    policy: tuple[Literal["rule", "imitation", "commit", "settle"], ...] = ()  # of the preset's controllers
+    policy: tuple[PolicyName, ...] = ()  # of the preset's controllers
     controllers: str | None = None  # folder of controllers instead of the preset's
     limit: int | None = None  # items of each task; over files they are drawn at random
     batch: int = 1  # prompts that are written at once
@@ -35,7 +32,7 @@ def harness(options: HarnessOptions) -> None:
 
     preset = options.get_preset()
     controllers = options.controllers or preset.data_dir / "controllers"
-    methods = [FullPrecision(), *_methods(options.bits, options.policy, controllers)]
+    methods = [FullPrecision(), *chosen_methods(options.bits, options.policy, controllers)]
     folder = texts_folder(options.texts_dir)
     if folder is None:
         tasks = _hub_tasks(options.tasks)
@@ -50,14 +47,6 @@ def harness(options: HarnessOptions) -> None:
     about |= {"limit": options.limit, "max_length": options.max_length}
     for task, rows in table.groupby("task", sort=False):
         write_table(options.out or preset.data_dir / f"harness_{task}.csv", rows, about)
-
-
-def _methods(bits: tuple[int, ...], policies: tuple[str, ...], controllers: str | Path) -> list[Method]:
-    methods = [PackedMethod(FixedBits(width)) for width in bits]
-    for name in policies:
-        policy = EntropyRule.load(controllers) if name == "rule" else LearnedController.load(controllers, name)
-        methods.append(PackedMethod(policy.at_average(4.0) if name == "commit" else policy))
-    return methods
 
 
 def _hub_tasks(names: tuple[str, ...]) -> dict:
