@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, HYBRIDS, WINDOW, left_padded, random_ids, tiny_config, tiny_model
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from helpers.cache import PackedKVCache, use_packed_attention
+from helpers.cache import Balance, PackedKVCache, use_packed_attention
 from helpers.cache.kinds import describe_layers
 from helpers.io.paths import ROOT
+from helpers.training.key_moments import key_moments
 
 EVERY = [*FAMILIES, *HYBRIDS]
 LENGTH = 3 * WINDOW + 8  # far past every window
@@ -172,6 +173,18 @@ def test_a_reset_cache_reads_as_a_new_one():
         assert torch.equal(read(model, cache, ids, prompt=32), first)
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "bamba"])
+def test_keys_of_packed_layers_are_balanced(name):
+    model = tiny_model(name)
+    balance = Balance.of_moments(*key_moments(model, random_ids(3, 120).tolist()))
+    assert balance.matrices.shape[0] == 1
+    cache = PackedKVCache(model.config, bits=8, block=8, balance=balance)
+    ids = random_ids(1, 60)
+    full = read(model, DynamicCache(config=model.config), ids, prompt=40)
+    actual = read(model, cache, ids, prompt=40)
+    assert 0 < (actual - full).abs().mean() < 0.05 * full.std()
+
+
 def test_what_is_packed_is_said_once(capsys):
     config = tiny_config("gemma3_text")
     for _ in range(3):
@@ -192,6 +205,20 @@ def test_models_that_cannot_be_served_are_refused_by_name():
         refused(name, f"{name} has latent attention")
     refused("mamba", "mamba has only linear_attention, so nothing would be packed")
     refused("falcon_h1", "falcon_h1 has only hybrid")
+
+
+def test_a_model_that_computes_attention_by_itself_is_told_what_to_do():
+    config = AutoConfig.for_model(
+        "doge", vocab_size=97, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=64, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = random_ids(1, 30)
+    expected = read(model, DynamicCache(config=config), ids, prompt=20)
+    assert (read(model, PackedKVCache(config, bits=8, block=8), ids, prompt=20) - expected).abs().max() < 0.1
+    use_packed_attention(model)
+    with pytest.raises(AttributeError, match="use the cache without use_packed_attention"):
+        read(model, PackedKVCache(config, bits=8, block=8), ids, prompt=20)
 
 
 def families_table() -> str:

@@ -20,7 +20,7 @@ SHRINK = 0.1  # share of their diagonal that moments are moved towards
 
 @dataclass(frozen=True, eq=False)
 class Balance:
-    """A of every layer and key/value head of one model, float32 `[layers, H, D, D]`.
+    """A of every packed layer and key/value head of one model, float32 `[packed layers, H, D, D]`.
 
     It belongs to the model, like its weights: caches share it, and their bytes do not count it.
     """

@@ -27,6 +27,12 @@ class PackedStates:
     values: torch.Tensor
     tail: int  # tokens in the tail
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"packed keys and values have no {name!r}: this model computes attention by itself; load it anew and use "
+            "the cache without use_packed_attention"
+        )
+
     @property
     def tail_keys(self) -> torch.Tensor:
         """`[B, H, tail tokens, D]`"""

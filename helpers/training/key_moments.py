@@ -10,6 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from helpers.cache.arguments import head_dim
 from helpers.cache.attention.dispatch import dense_attention
 from helpers.cache.centre import Centre
+from helpers.cache.kinds import packed_layers
 from helpers.cache.rotary import Rotary, rotary_of
 
 RECORDING = "key_moments"  # the name under which transformers knows the attention that records
@@ -21,7 +22,7 @@ SINKS = 4  # first tokens of a text, which are left out
 def key_moments(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], sinks: int = SINKS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments `[layers, H, D, D]` of queries (mean over the heads that share a key head) and of centred keys.
+    """Second moments `[packed layers, H, D, D]` of queries (mean over the heads of a key head) and of centred keys.
 
     Both after rotary embedding, float64, over all tokens of the `sequences` but the first `sinks` of each. Raises
     `ValueError` where there is nothing to measure.
@@ -35,10 +36,10 @@ def key_moments(
         for ids in usable:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
             tokens += len(ids) - sinks
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if sorted(sums) != list(range(layers)):
+    layers = packed_layers(model.config)
+    if not set(layers) <= sums.keys():
         raise ValueError(f"{type(model).__name__} does not take attention functions: its queries cannot be seen")
-    return tuple(torch.stack([sums[layer][side] for layer in range(layers)]) / tokens for side in range(2))
+    return tuple(torch.stack([sums[layer][side] for layer in layers]) / tokens for side in range(2))
 
 
 @contextmanager
@@ -47,12 +48,13 @@ def _recording(
 ) -> Iterator[None]:
     """While this lasts, each layer's attention adds its moments to `sums`, under its number."""
     config = model.config.get_text_config(decoder=True)
-    rotary = rotary_of(config, head_dim(config))
+    rotary, packed = rotary_of(config, head_dim(config)), set(packed_layers(config))
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        moments = _moments(query, key, rotary, sinks)
-        known = sums.get(module.layer_idx)
-        sums[module.layer_idx] = moments if known is None else tuple(map(torch.add, known, moments))
+        if module.layer_idx in packed:
+            moments = _moments(query, key, rotary, sinks)
+            known = sums.get(module.layer_idx)
+            sums[module.layer_idx] = moments if known is None else tuple(map(torch.add, known, moments))
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     before = model.config._attn_implementation
