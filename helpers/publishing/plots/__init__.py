@@ -3,6 +3,7 @@
 from helpers.publishing.plots.benchmark import benchmark_figure
 from helpers.publishing.plots.collection import correlation_heat_map, entropy_against_rarity, latency_distribution
 from helpers.publishing.plots.comparison import against_length, latency_bars, pareto
+from helpers.publishing.plots.facts import facts_by_depth
 from helpers.publishing.plots.gate import (
     against_usage,
     gate_choice,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from helpers.publishing.tables.assignment import assignment_table
 from helpers.publishing.tables.benchmark import benchmark_table
 from helpers.publishing.tables.comparison import (
     coding_table,
@@ -19,11 +20,13 @@ from helpers.publishing.tables.gate import (
     gate_speed_table,
     gate_usage_table,
 )
+from helpers.publishing.tables.harness import facts_table, harness_table
 from helpers.publishing.tables.headline import headline_table
 from helpers.publishing.tables.memory import memory_table
 from helpers.publishing.tables.texts import text_files_table
 
 TABLES: dict[str, Callable[[], str]] = {
+    "assignment": assignment_table,
     "headline": headline_table,
     "compare-smollm2": lambda: comparison_table("smollm2/baseline_comparison", latency=True),
     "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
@@ -33,6 +36,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-large": lambda: quality_table("quality_large"),
     "memory": memory_table,
     "benchmarks": benchmark_table,
+    "harness": harness_table,
+    "facts": facts_table,
     "multiple-choice": multiple_choice_table,
     "gate-usage": gate_usage_table,
     "gate-speed": gate_speed_table,

@@ -1,0 +1,39 @@
+"""Tables on the evaluation harness and on facts in long texts."""
+
+import pandas as pd
+
+from helpers.evaluation.facts import fact_summary
+from helpers.publishing.tables.layout import DATA, interval, markdown
+
+TASKS = ("hellaswag_ctx", "openbookqa_ctx", "wikitext_articles")
+TITLES = {"acc": "accuracy, %", "acc_norm": "accuracy per byte, %", "word_perplexity": "word perplexity"}
+
+
+def harness_table() -> str:
+    """What tasks of the harness score through committed caches, from `data/smollm2/harness_*.csv`."""
+    rows = []
+    for task in TASKS:
+        table = pd.read_csv(DATA / "smollm2" / f"harness_{task}.csv")
+        for row in table.to_dict("records"):
+            percent = row["metric"] != "word_perplexity"
+            scale, change = (100, "points") if percent else (1, "%")
+            rows.append({
+                "task": f"{task}, {row['items']} items",
+                "measure": TITLES[row["metric"]],
+                "method": row["method"],
+                "value": interval(row, "value", 1, scale),
+                "change": ""
+                if row["method"] == "full precision"
+                else f"{interval(row, 'change', 2, 100, sign=True)} {change}",
+            })  # fmt: skip
+    return markdown(pd.DataFrame(rows))
+
+
+def facts_table() -> str:
+    """How many facts of long texts each method finds, from `data/smollm2/facts.csv`."""
+    summary = fact_summary(pd.read_csv(DATA / "smollm2" / "facts.csv"))
+    summary["shown"] = [interval(row, "found", 0, 100) for row in summary.to_dict("records")]
+    tokens = summary["length"].map("{:,} tokens".format) + summary["facts"].map(" ({} facts)".format)
+    wide = summary.assign(tokens=tokens).pivot(index="method", columns="tokens", values="shown")
+    order = tokens.unique()
+    return markdown(wide.loc[summary["method"].unique(), order].rename_axis("facts found, %").reset_index())
