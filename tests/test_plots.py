@@ -96,6 +96,19 @@ FIGURES = {
     "bytes_over_text": lambda: plots.bytes_over_text(lengths().assign(group="static"), *HEAD),
     "kl_bars": lambda: plots.kl_bars(comparison(), *HEAD),
     "kl_bars, none": lambda: plots.kl_bars(comparison().head(0), *HEAD),
+    "facts_by_depth": lambda: plots.facts_by_depth(
+        pd.DataFrame(
+            {
+                "method": ["a", "b"] * 40,
+                "length": [2048] * 40 + [4096] * 40,
+                "depth": RANDOM.random(80),
+                "found": RANDOM.integers(2, size=80),
+            }
+        ),
+        {"a": "static", "b": "stock"},
+        0.25,
+        *HEAD,
+    ),
     "latency_bars": lambda: plots.latency_bars(comparison(), *HEAD),
     "signal_distributions": lambda: plots.signal_distributions(
         {"read": RANDOM.random(500) * 8, "written": RANDOM.random(500) * 6}, {"80th percentile": 4.0}, "bits", *HEAD

@@ -8,18 +8,20 @@ from matplotlib.ticker import LogLocator
 from helpers.publishing.plots.style import DASHES, GROUP_STYLES, errors
 
 COLUMNS_WIDE = 3
+# A panel shows no more lines than can be told apart; the table beside it has every method.
+SHOWN = ("DynamicCache", "StaticCache", "static 4-bit", "learned 8-4-2", "stock quanto 4-bit")
 LABELS = {"attention": "attention of one layer", "decode": "decoding a token"}
 
 
 def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
-    """Median time with its interval against context for each method, from `load_benchmarks()` of one `device`.
+    """Median time with its interval against context for the methods `SHOWN`, from `load_benchmarks()` of one `device`.
 
     One panel each for attention and whole decode steps, of every shape and batch; without `title` it says how much of
     DynamicCache's time 4-bit attention takes at the longest context. Raises `ValueError` where the table holds
     several machines or neither kind.
     """
     devices = sorted(table["device"].unique())
-    shown = table[table["kind"].isin(LABELS) & table["ms"].notna()]
+    shown = table[table["kind"].isin(LABELS) & table["method"].isin(SHOWN) & table["ms"].notna()]
     if len(devices) != 1 or shown.empty:
         raise ValueError(f"table must hold attention or decode steps of one machine, got {', '.join(devices)}")
     cases = list(shown.groupby(["kind", "shape", "batch"], sort=False))
@@ -37,9 +39,9 @@ def benchmark_figure(table: pd.DataFrame, title: str | None = None) -> Figure:
         axes.set_xticks(contexts, [_short(context) for context in contexts])
         axes.minorticks_off()
         low, high_end = axes.get_ylim()
-        if high_end < 30 * low:  # one power of ten would be the only number on the axis
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high_end < 10 * low else (1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
+        steps = (1, 1.5, 2, 3, 5, 7) if high_end < 10 * low else (1, 2, 5) if high_end < 100 * low else (1, 3)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{LABELS[kind]}\n{shape}, batch {batch}", loc="left", fontsize=9)
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("ms")

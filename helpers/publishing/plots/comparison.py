@@ -1,7 +1,5 @@
 """Figures of notebook 04 but that of the benchmark."""
 
-import re
-
 import pandas as pd
 from adjustText import adjust_text
 from matplotlib.figure import Figure
@@ -36,15 +34,23 @@ def pareto(table: pd.DataFrame, x: str, y: str, labels: dict[str, str], title: s
     axes.set_xlabel(labels[x])
     axes.set_ylabel(labels[y])
     axes.margins(x=0.12, y=0.12)
+    look = {"fontsize": 8.5, "path_effects": [withStroke(linewidth=3, foreground="white")], "zorder": 4}
+    names = table["method"].str.replace(", best .* by learned score", ", learned", regex=True)
+    placed = zip(names, table["group"], table[x], table[y], strict=True)
+    if log:  # below the front nothing lies: its names stand there, all others above their points
+        axes.margins(x=0.25)
+        for name, group, at, value in placed:
+            under = group not in ("stock", "full precision") and (best[x] == at).any() and (best[y] == value).any()
+            where = {"xytext": (-7, -6), "ha": "right", "va": "top"} if under else {"xytext": (7, 6), "va": "bottom"}
+            axes.annotate(name, (at, value), textcoords="offset points", color=GROUP_STYLES[group][0], **where, **look)
+        return figure
     figure.canvas.draw()  # names are placed by what else is drawn
-    halo = [withStroke(linewidth=3, foreground="white")]
-    names = [
-        axes.text(at, value, re.sub(", best .* by learned score", ", learned", name), fontsize=8.5, va="center",
-                  ha="center", color=GROUP_STYLES[group][0], path_effects=halo, zorder=4)
-        for name, group, at, value in table[["method", "group", x, y]].itertuples(index=False)
-    ]  # fmt: skip
+    texts = [
+        axes.text(at, value, name, va="center", ha="center", color=GROUP_STYLES[group][0], **look)
+        for name, group, at, value in placed
+    ]
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
-    adjust_text(names, table[x].to_numpy(), table[y].to_numpy(), ax=axes, expand=(1.3, 2.6), arrowprops=line,
+    adjust_text(texts, table[x].to_numpy(), table[y].to_numpy(), ax=axes, expand=(1.3, 2.6), arrowprops=line,
                 force_static=(0.3, 0.7), iter_lim=800, min_arrow_len=12)  # fmt: skip
     return figure
 

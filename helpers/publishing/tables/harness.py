@@ -9,7 +9,7 @@ TASKS = ("hellaswag_ctx", "openbookqa_ctx", "wikitext_articles")
 TITLES = {"acc": "accuracy, %", "acc_norm": "accuracy per byte, %", "word_perplexity": "word perplexity"}
 
 
-def harness_table() -> str:
+def harness_frame() -> pd.DataFrame:
     """What tasks of the harness score through committed caches, from `data/smollm2/harness_*.csv`."""
     rows = []
     for task in TASKS:
@@ -26,7 +26,12 @@ def harness_table() -> str:
                 if row["method"] == "full precision"
                 else f"{interval(row, 'change', 2, 100, sign=True)} {change}",
             })  # fmt: skip
-    return markdown(pd.DataFrame(rows))
+    return pd.DataFrame(rows)
+
+
+def harness_table() -> str:
+    """`harness_frame` as Markdown."""
+    return markdown(harness_frame())
 
 
 def facts_table() -> str:
