@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate-keys": ("helpers.training.commands:calibrate_keys", "measure how keys are best balanced before coding"),
     "train": ("helpers.training.commands:train", "train the controllers of a model (Part 2)"),
     "compare": ("helpers.evaluation.commands:compare", "all policies and baselines on one model (Part 4)"),
+    "chat": ("helpers.evaluation.commands:chat", "ten turns of a conversation on one cache, by method"),
     "facts": ("helpers.evaluation.commands:facts", "facts of long texts that a model still finds, by method"),
     "harness": ("helpers.evaluation.harness.command:harness", "tasks of the LM Evaluation Harness, caches committed"),
     "memory": ("helpers.evaluation.commands:memory", "peak, held and live bytes of every kind of cache"),

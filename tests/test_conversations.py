@@ -10,10 +10,13 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from helpers.cache import PackedKVCache
+from helpers.evaluation import chat, commands
+from helpers.evaluation.methods import PackedMethod
 from helpers.policies.cached_model import CachedModel
 from helpers.policies.driver import PolicyDriver
 from helpers.policies.rules import EntropyRule, FixedBits
 from helpers.policies.schedules import MIDDLE_SCHEDULE, AgeSchedule
+from helpers.training.tokenizer import train_tokenizer
 
 RULE = EntropyRule((3.9, 4.1, 4.25))
 POLICIES = {"fixed": FixedBits(16), "rule": RULE, "schedule": AgeSchedule(*MIDDLE_SCHEDULE)}
@@ -151,3 +154,52 @@ def test_a_compiled_model_with_windows_reads_what_the_plain_one_reads():
     actual = model.generate(ids, **settings, cache=PackedKVCache(model.config, bits=4, block=8))
     assert torch.equal(actual, expected)
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A model and a tokenizer with a chat template whose turns end with the end of text."""
+    tokenizer = train_tokenizer([" ".join(chat.QUESTIONS)] * 3, vocab_size=400)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}" + tokenizer.eos_token + "\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["cut short", "ended by itself"])
+def test_a_turn_adds_what_the_template_adds_and_leaves_what_was_read(talker, ends):
+    _, tokenizer = talker
+    first = chat.next_turn(tokenizer, [], [], "Which one?")
+    assert tokenizer.decode(first) == f"[user] Which one?{tokenizer.eos_token}\n[assistant] "
+    answer = tokenizer("a list of food", add_special_tokens=False)["input_ids"]
+    written = first + answer + [tokenizer.eos_token_id] * ends
+    messages = [{"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "a list of food"}]
+    second = chat.next_turn(tokenizer, written, messages, "Where?")
+    assert second[: len(written)] == written
+    asked = [*messages, {"role": "user", "content": "Where?"}]
+    assert tokenizer.decode(second) == tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+
+
+def test_ten_turns_cost_what_is_new_and_stray_by_the_rounding_alone(talker):
+    turns = chat.write_conversation(*talker, answer_tokens=6)
+    assert len(turns) == 10
+    methods = [PackedMethod(FixedBits(bits), block=8) for bits in (16, 8, 2)] + [PackedMethod(RULE, block=8)]
+    table = chat.chat_table(talker[0], turns, methods)
+    assert len(table) == 6 * 10
+    parts = dict(list(table.groupby("method", sort=False)))
+    full, again = parts["full precision"], parts["full precision, all read again"]
+    assert full.tokens.tolist() == again.tokens.tolist()
+    assert again.read.sum() > 4 * full.read.sum()
+    assert again.kl.abs().max() < 1e-6
+    kl = table.groupby("method").kl.mean()
+    names = [method.name for method in methods]
+    assert kl[names[0]] < kl[names[1]] < 1e-3 < kl[names[2]]
+    assert parts[names[2]].held_bytes.iloc[-1] < 0.5 * full.held_bytes.iloc[-1]
+
+
+def test_a_model_without_a_template_is_refused():
+    with pytest.raises(ValueError, match="has no chat template: choose one that was trained to talk"):
+        commands.chat(commands.ChatOptions(preset="embedded"))

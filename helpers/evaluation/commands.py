@@ -1,4 +1,4 @@
-"""The commands of this package that print and write tables: `python main.py quality`, `compare`, `memory`, `facts`."""
+"""The commands of this package that print and write tables: `quality`, `compare`, `memory`, `facts` and `chat`."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 
 from helpers.cache import key_balance_of, use_key_balance
 from helpers.evaluation import fixed_widths
+from helpers.evaluation.chat import chat_table, write_conversation
 from helpers.evaluation.comparison import compare_methods, save_comparison, standard_pairs
 from helpers.evaluation.facts import fact_summary, fact_table, fact_texts
 from helpers.evaluation.key_bias import biased_keys
@@ -165,6 +166,34 @@ def facts(options: FactsOptions) -> None:
     print(fact_summary(table).round(3).to_string(index=False))
     about = {"model": relative_to_root(source), "texts": relative_to_root(texts_source), "split": filler.split}
     write_table(options.out or preset.data_dir / "facts.csv", table, about | {"seed": options.seed})
+
+
+@dataclass(frozen=True)
+class ChatOptions(Sources):
+    """What `chat` measures."""
+
+    answer_tokens: int = 40  # of each answer at most
+    bits: tuple[int, ...] = (4,)  # fixed widths; full precision always comes first
+    policy: tuple[PolicyName, ...] = ("rule", "settle")  # of the preset's controllers
+    controllers: str | None = None  # folder of controllers instead of the preset's
+
+
+def chat(options: ChatOptions) -> None:
+    """Print a conversation of ten turns on one cache, and write what each turn costs."""
+    preset = options.get_preset()
+    source = options.model or preset.model
+    methods = chosen_methods(options.bits, options.policy, options.controllers or preset.data_dir / "controllers")
+    model, tokenizer = load_model(source)
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {source} has no chat template: choose one that was trained to talk")
+    turns = write_conversation(model, tokenizer, answer_tokens=options.answer_tokens)
+    for number, turn in enumerate(turns, 1):
+        print(f"{number:2}  {turn.answer!r}")
+    table = chat_table(model, turns, methods)
+    sums = {"read": "sum", "tokens": "max", "seconds": "sum", "held_bytes": "max", "kl": "mean"}
+    print(table.groupby("method", sort=False).agg(sums).round(4).to_string())
+    about = {"model": relative_to_root(source), "answer_tokens": options.answer_tokens}
+    write_table(options.out or preset.data_dir / "chat.csv", table, about)
 
 
 @dataclass(frozen=True)
