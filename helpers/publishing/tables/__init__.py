@@ -20,7 +20,7 @@ from helpers.publishing.tables.gate import (
     gate_speed_table,
     gate_usage_table,
 )
-from helpers.publishing.tables.harness import facts_table, harness_table
+from helpers.publishing.tables.harness import chat_table, facts_table, harness_table
 from helpers.publishing.tables.headline import headline_table
 from helpers.publishing.tables.memory import memory_table
 from helpers.publishing.tables.texts import text_files_table
@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": benchmark_table,
     "harness": harness_table,
     "facts": facts_table,
+    "chat": chat_table,
     "multiple-choice": multiple_choice_table,
     "gate-usage": gate_usage_table,
     "gate-speed": gate_speed_table,

@@ -1,4 +1,4 @@
-"""Tables on the evaluation harness and on facts in long texts."""
+"""Tables on the evaluation harness, on facts in long texts, and on a conversation."""
 
 import pandas as pd
 
@@ -32,6 +32,23 @@ def harness_frame() -> pd.DataFrame:
 def harness_table() -> str:
     """`harness_frame` as Markdown."""
     return markdown(harness_frame())
+
+
+def chat_table() -> str:
+    """What ten turns of a conversation cost, from `data/smollm2/chat.csv`."""
+    table = pd.read_csv(DATA / "smollm2" / "chat.csv")
+    rows = []
+    for method, part in table.groupby("method", sort=False):
+        thirds = [part.kl[part.turn.between(*turns)].mean() for turns in ((1, 3), (4, 7), (8, 10))]
+        strays = " / ".join(f"{kl:.4f}" for kl in thirds)
+        rows.append({
+            "cache": method,
+            "tokens read for the turns": f"{part['read'].sum():,}",
+            "seconds": f"{part.seconds.sum():.0f}",
+            "held at the end, MiB": f"{part.held_bytes.iloc[-1] / 2**20:.1f}",
+            "KL in turns 1-3 / 4-7 / 8-10": "0" if part.kl.abs().max() < 1e-6 else strays,
+        })  # fmt: skip
+    return markdown(pd.DataFrame(rows))
 
 
 def facts_table() -> str:
