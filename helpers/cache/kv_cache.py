@@ -17,13 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache
 
 from helpers.cache.accounting import Accounting, tensors_of
 from helpers.cache.arguments import check_settings, check_settling, head_dim, token_widths
@@ -35,6 +29,7 @@ from helpers.cache.finite import FiniteChecks
 from helpers.cache.kinds import describe_layers, kinds_of, other_layers, shares_states
 from helpers.cache.layer import PackedLayer, PackedStates, UnreadStates
 from helpers.cache.order import places
+from helpers.cache.other_layers import KeepsOtherLayers
 from helpers.cache.peak import PeakBytes
 from helpers.cache.plan import Plan, Scores, Step
 from helpers.cache.prompt import ReadsPrompts
@@ -55,7 +50,7 @@ def _say_once(text: str) -> None:
     print(text)
 
 
-class PackedKVCache(ReadsPrompts, Accounting, Cache):
+class PackedKVCache(ReadsPrompts, KeepsOtherLayers, Accounting, Cache):
     """Key/value cache of decoder models, with packed, mixed-width storage in their layers of full attention.
 
     Layers of other kinds (sliding windows, chunks, linear attention) are the library's own, in full precision; which
@@ -182,12 +177,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
                 return unread, unread
         if isinstance(layer, PackedLayer):
             return layer.update(key_states, value_states)
-        self._expect_in_step(layer_idx, key_states.shape[2])
-        states = layer.update(key_states, value_states, *args, **kwargs)
-        self.peak.note(*states, *tensors_of(layer))
-        if isinstance(layer, DynamicSlidingWindowLayer) and states[0].shape[2] > 2 * layer.keys.shape[2]:
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # or views keep a whole prompt
-        return states
+        return self.update_other(key_states, value_states, layer_idx, *args, **kwargs)
 
     def states(self, layer_idx: int) -> PackedStates:
         """What one of the packed layers holds."""
@@ -375,45 +365,10 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        fresh = other_layers(self.config)  # the library's only zeroes its states, and they stay as long as they are
-        self.layers = [fresh.get(number, layer) for number, layer in enumerate(self.layers)]
+        self.reset_others()
         for layer in self.packed:
             layer.reset()
         self._clear()
-
-    @property
-    def other_layers(self) -> list[CacheLayerMixin]:
-        """The layers that are not packed."""
-        return [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
-
-    def _expect_croppable(self, tokens_to_remove: int) -> None:
-        """Raise `ValueError` where a layer that is not packed cannot give tokens back, before anything is changed."""
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, PackedLayer | DummyLayer) or getattr(layer, "record_past", False):
-                continue
-            full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
-            if full or isinstance(layer, LinearAttentionCacheLayerMixin):
-                raise ValueError(
-                    f"crop({tokens_to_remove}): layer {number} ({self.kinds[number]}) has let go of what came before "
-                    "its newest tokens; call cache.activate_past_recording() before the tokens are read that may be "
-                    "taken back"
-                )
-
-    def _expect_in_step(self, layer_idx: int, tokens: int) -> None:
-        """Raise `ValueError` where a layer that is not packed holds other tokens than the packed ones.
-
-        A forward that was interrupted leaves them so.
-        """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, CacheLayerMixin) or isinstance(layer, DummyLayer):
-            return
-        first = self.layers.index(self.packed[0])
-        length = self.packed[0].get_seq_length() - (tokens if layer_idx > first else 0)
-        if layer.get_seq_length() != length:
-            raise ValueError(
-                f"layer {layer_idx} of the cache holds {layer.get_seq_length()} tokens and layer {first} {length}: a "
-                "forward was interrupted; reset the cache"
-            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens (a non-positive count, as everywhere in transformers 5)."""
@@ -422,7 +377,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
         if not self.packed[0].is_initialized:
             return
         if tokens_to_remove:
-            self._expect_croppable(tokens_to_remove)
+            self.expect_croppable(tokens_to_remove)
         self.end_forward()
         length = max(0, self.get_seq_length() + tokens_to_remove)
         if length < self.committed + self.held:
@@ -433,9 +388,7 @@ class PackedKVCache(ReadsPrompts, Accounting, Cache):
                 store.crop(length)
         for layer in self.packed:
             layer.shorten(length)
-        for layer in self.other_layers:
-            if tokens_to_remove or getattr(layer, "record_past", False):
-                layer.crop(tokens_to_remove)
+        self.crop_others(tokens_to_remove)
         if not self.committed + self.held:
             self.stores, self.store_of = [], {}
         if self.visible is not None:
