@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from helpers.cache import WIDTHS
-from helpers.publishing.plots.style import BLUE, CONTROLLER_COLOURS, VERMILION, bars, errors, frame, panels
+from helpers.publishing.plots.style import BLUE, CONTROLLER_COLOURS, VERMILION, errors, frame, panels
 
 
 def training_curves(logs: dict[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
@@ -59,25 +59,34 @@ def confusion_matrices(pairs: dict[str, tuple[Sequence[int], Sequence[int]]], ti
 
 
 def importances(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
-    """Bars of `drop` with intervals (`low`, `high`) for each `feature`, one colour a `controller`."""
-    names = table["feature"] + "  (" + table["controller"] + ")"
-    colours, reach = table["controller"].map(CONTROLLER_COLOURS), errors(table, "drop", "low", "high")
-    label, size = "loss of accuracy when the feature is shuffled (points)", (6.4, 0.32 * len(table) + 1.6)
-    figure, axes = bars(names, table["drop"], reach, colours, label, title, subtitle, size)
-    axes.axvline(0, color="0.3", linewidth=0.8)
+    """Bars of `drop` with intervals (`low`, `high`) for each `feature`, a panel with its own scale a `controller`."""
+    parts = dict(list(table.groupby("controller", sort=False)))
+    most = max(map(len, parts.values()))
+    figure, axes = panels(title, subtitle, (8.2, 0.34 * most + 1.7), len(parts))
+    for panel, (name, part) in zip(axes, parts.items(), strict=True):
+        look = {"color": CONTROLLER_COLOURS.get(name), "height": 0.65, "error_kw": {"linewidth": 1}}
+        panel.barh(part["feature"], part["drop"], xerr=errors(part, "drop", "low", "high"), **look)
+        panel.axvline(0, color="0.3", linewidth=0.8)
+        panel.set_ylim(most - 0.5, -0.5)
+        panel.set_title(name, fontsize=9.5, loc="left")
+        panel.set_xlabel("loss of accuracy when shuffled (points)")
     return figure
 
 
 def reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8) -> Figure:
     """Share that is right against the probability that the controller gave its choice; equal-count bins."""
-    figure, axes = frame(title, subtitle, (5.2, 4.2))
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    figure, axes = frame(title, subtitle, (5.6, 4.2))
+    lowest = 1.0
     for (name, (confidence, right)), marker in zip(curves.items(), "os", strict=False):
         order = np.array_split(np.argsort(confidence), bins)
         points = [(confidence[i].mean(), right[i].mean(), 1.96 * right[i].std() / len(i) ** 0.5) for i in order]
         x, y, half = np.array(points).T
         look = {"color": CONTROLLER_COLOURS.get(name), "markersize": 5, "linewidth": 1.2, "label": name}
         axes.errorbar(x, y, half, fmt=f"{marker}-", **look)
+        lowest = min(lowest, x.min(), (y - half).min())
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    axes.set_xlim(lowest - 0.02, 1.01)  # where its points are, not from 0
+    axes.set_ylim(lowest - 0.02, 1.01)
     axes.set_xlabel("probability of the chosen width")
     axes.set_ylabel("share that matches the label")
     axes.legend(frameon=False, fontsize=8.5)
