@@ -21,7 +21,7 @@ def harness_frame() -> pd.DataFrame:
                 "task": f"{task}, {row['items']} items",
                 "measure": TITLES[row["metric"]],
                 "method": row["method"],
-                "value": interval(row, "value", 1, scale),
+                "value": interval(row | {"value_low": row["low"], "value_high": row["high"]}, "value", 1, scale),
                 "change": ""
                 if row["method"] == "full precision"
                 else f"{interval(row, 'change', 2, 100, sign=True)} {change}",
