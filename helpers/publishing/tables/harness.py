@@ -6,26 +6,28 @@ from helpers.evaluation.facts import fact_summary
 from helpers.publishing.tables.layout import DATA, interval, markdown
 
 TASKS = ("hellaswag_ctx", "openbookqa_ctx", "wikitext_articles")
-TITLES = {"acc": "accuracy, %", "acc_norm": "accuracy per byte, %", "word_perplexity": "word perplexity"}
+SHARES = ("acc", "acc_norm")
+TITLES = {"acc": "accuracy, %", "acc_norm": "per byte, %", "word_perplexity": "word perplexity"}
 
 
 def harness_frame() -> pd.DataFrame:
-    """What tasks of the harness score through committed caches, from `data/smollm2/harness_*.csv`."""
+    """What tasks of the harness score through committed caches, from `data/smollm2/harness_*.csv`.
+
+    In brackets behind each value its change from full precision with 95% interval, paired by item: in points, of
+    perplexity in percent.
+    """
     rows = []
     for task in TASKS:
         table = pd.read_csv(DATA / "smollm2" / f"harness_{task}.csv")
-        for row in table.to_dict("records"):
-            percent = row["metric"] != "word_perplexity"
-            scale, change = (100, "points") if percent else (1, "%")
-            rows.append({
-                "task": f"{task}, {row['items']} items",
-                "measure": TITLES[row["metric"]],
-                "method": row["method"],
-                "value": interval(row | {"value_low": row["low"], "value_high": row["high"]}, "value", 1, scale),
-                "change": ""
-                if row["method"] == "full precision"
-                else f"{interval(row, 'change', 2, 100, sign=True)} {change}",
-            })  # fmt: skip
+        for method, part in table.groupby("method", sort=False):
+            row = {"task": f"{task}, {part['items'].iloc[0]} items", "method": method} | dict.fromkeys(
+                TITLES.values(), ""
+            )
+            for each in part.to_dict("records"):
+                value = f"{(100 if each['metric'] in SHARES else 1) * each['value']:.1f}"
+                change = interval(each, "change", 1, 100, sign=True)
+                row[TITLES[each["metric"]]] = value if method == "full precision" else f"{value} ({change})"
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
