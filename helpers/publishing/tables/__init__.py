@@ -5,6 +5,7 @@ from collections.abc import Callable
 from helpers.publishing.tables.assignment import assignment_table
 from helpers.publishing.tables.benchmark import benchmark_table
 from helpers.publishing.tables.comparison import (
+    carried_table,
     coding_table,
     collected_table,
     comparison_table,
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-smollm2-4096": lambda: comparison_table("smollm2/comparison_4096"),
     "coding-smollm2": lambda: coding_table("smollm2/coding"),
     "coding-biased": lambda: coding_table("smollm2/coding_biased"),
+    "carried": carried_table,
     "compare-embedded": lambda: comparison_table("baseline_comparison", latency=True),
     "quality-large": lambda: quality_table("quality_large"),
     "memory": memory_table,

@@ -123,3 +123,22 @@ def pair_table() -> str:
             f"{each['bits_per_byte']:.3f}", share(*each["acc"]), share(*each["acc_norm"]), time
         ]  # fmt: skip
     return markdown(pd.DataFrame(columns))
+
+
+def carried_table() -> str:
+    """Controllers on the model that they were trained on and on the other one, from `comparison_carried.csv`."""
+    rows = []
+    for model, folder in (("SmolLM2", "smollm2/"), ("story model", "")):
+        own, carried = (
+            pd.read_csv(DATA / f"{folder}{name}.csv").set_index("method")
+            for name in ("baseline_comparison", "comparison_carried")
+        )
+        for method in [name for name in carried.index if "learned" in name]:
+            row = {"model": model, "method": method}
+            for title, table in (("its own controller", own), ("the other model's", carried)):
+                share = table.held_bytes[method] / table.held_bytes["static 4-bit"]
+                row[f"KL with {title} (held / static 4-bit)"] = (
+                    f"{kl_intervals(table.loc[[method]]).iloc[0]} ({share:.2f})"
+                )
+            rows.append(row)
+    return markdown(pd.DataFrame(rows))
