@@ -7,6 +7,7 @@ the context is read and committed first, and the continuation reads what the cac
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -96,10 +97,17 @@ class PackedLM(HFLM):
     def _score_long(self, cached, first: torch.Tensor, tokens: list[int]) -> Answer:
         ids = torch.tensor([tokens], device=self.device)
         total, greedy = _answer(first[0], ids[0, :1])
-        for at, logits in score_blocks(cached, ids[:, :-1], self.method.block):
+        # The first piece ends where a block of the text ends: what comes after it is committed block by block.
+        done = min(-cached.length % self.method.block, len(tokens) - 1)
+        pieces = [(slice(0, done), cached.read(ids[:, :done]))] if done else []
+        rest = ((slice(done + at.start, done + at.stop), x) for at, x in self._blocks(cached, ids[:, done:-1]))
+        for at, logits in chain(pieces, rest):
             part, same = _answer(logits[0], ids[0, at.start + 1 : at.stop + 1])
             total, greedy = total + part, greedy and same
         return total, greedy
+
+    def _blocks(self, cached, ids: torch.Tensor):
+        return score_blocks(cached, ids, self.method.block) if ids.shape[1] else ()
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         cached = self._open()
