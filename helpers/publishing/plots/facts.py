@@ -23,7 +23,7 @@ def facts_by_depth(table: pd.DataFrame, styles: dict[str, str], chance: float, t
         panel.axhline(100 * chance, color="0.7", linewidth=0.9, zorder=0)
         panel.annotate("chance", (0, 100 * chance), fontsize=8, color="0.45", va="bottom")
         panel.set_title(f"{length:,} tokens", fontsize=9)
-        panel.set_xlabel("where the fact stands (0: beginning, 1: end)")
+        panel.set_xlabel("depth (0: beginning, 1: end)")
         panel.set_xlim(0, 1)
         panel.set_ylim(0, 103)
     axes[0].set_ylabel("facts found (%)")
