@@ -19,7 +19,7 @@ from helpers.evaluation.key_bias import biased_keys
 from helpers.evaluation.latency import controller_share, time_decoding
 from helpers.evaluation.length import against_length, follow_text
 from helpers.evaluation.methods import FullPrecision, Group, PackedMethod, StockQuantized, stock_methods
-from helpers.evaluation.multiple_choice import _second_pass, ending_log_likelihoods, score_items
+from helpers.evaluation.multiple_choice import ending_log_likelihoods, read_endings, score_items
 from helpers.models.items import MultipleChoice, load_multiple_choice
 from helpers.policies.cached_model import CachedModel
 from helpers.policies.rules import EntropyRule, FixedBits
@@ -110,9 +110,9 @@ def test_multiple_choice_through_a_cache_that_loses_nothing(model_and_tokenizer)
     assert np.abs(rough - plain).max() > 0.02, "the second pass must read what was quantized"
 
 
-def test_one_token_endings_need_no_second_pass(model_and_tokenizer):
+def test_one_token_endings_need_noread_endings(model_and_tokenizer):
     model, _ = model_and_tokenizer
-    logits = _second_pass(CachedModel(model), torch.tensor([[5], [6]]))
+    logits = read_endings(CachedModel(model), torch.tensor([[5], [6]]))
     assert logits.shape == (2, 0, model.config.vocab_size)
     assert score_items(*model_and_tokenizer, [ITEM], PackedMethod(FixedBits(4))).shape == (1, 2)
 

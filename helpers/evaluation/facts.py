@@ -29,7 +29,7 @@ WORDS = (
     "banana", "violin", "hammer", "candle", "pepper", "blanket", "tiger", "lemon", "anchor", "pillow", "rocket",
     "butter", "ladder", "saddle", "trumpet", "walnut",
 )  # fmt: skip
-COLUMNS = ("method", "length", "text", "depth", "found")
+COLUMNS = ("method", "length", "number", "depth", "found")  # number: of the text
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def fact_summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (length, method), part in table.groupby(["length", "method"], sort=False):
         found = part.found.to_numpy()
-        value, low, high = bootstrap_groups(lambda at, found=found: found[at].mean(), part.text.to_numpy())
-        rows.append((method, length, part.text.nunique(), len(part), value, low, high))
+        value, low, high = bootstrap_groups(lambda at, found=found: found[at].mean(), part.number.to_numpy())
+        rows.append((method, length, part.number.nunique(), len(part), value, low, high))
     return pd.DataFrame(rows, columns=["method", "length", "texts", "facts", "found", "found_low", "found_high"])
