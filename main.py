@@ -23,6 +23,7 @@ COMMANDS = {
     "card": ("helpers.publishing.commands:card", "measure the embedded pair again and rewrite its card"),
     "bench": ("helpers.publishing.commands:bench", "kernels and decode steps against the caches of transformers"),
     "gate": ("helpers.gate.study.commands:gate", "compare entropy-gated generation with its baselines (Part 5)"),
+    "train-gate": ("helpers.gate.study.commands:train_gate", "train the gate's learned signal on a pair of models"),
     "gate-fidelity": ("helpers.gate.study.commands:gate_fidelity", "what every signal is worth over random calls"),
     "gate-bench": ("helpers.gate.study.commands:gate_bench", "speed of the gate with models of real sizes"),
     "pretrain": ("helpers.training.pretraining:pretrain", "train a story model, as the embedded ones were"),

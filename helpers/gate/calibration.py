@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers.gate.hidden import noting_hidden
 from helpers.gate.signals import Signal, find_signal
 from helpers.io.results import key_hash, read_keyed, write_keyed
 from helpers.models import fingerprint
@@ -47,7 +48,7 @@ def percentile_threshold(
     ids = [encode(tokenizer, text, max_tokens) for text in texts if text.strip()]
     if cache_dir is None:
         return float(np.percentile(text_signals(small, ids, signal, progress), percentile))
-    key = {"model": fingerprint(small), "texts": ids, "percentile": float(percentile), "signal": signal.name}
+    key = {"model": fingerprint(small), "texts": ids, "percentile": float(percentile), "signal": signal.identity}
     path = Path(cache_dir) / f"threshold-{key_hash(key)[:16]}.json"
     kept = (read_keyed(path, key) or {}).get("threshold")
     if isinstance(kept, float) and math.isfinite(kept):
@@ -63,9 +64,12 @@ def text_signals(
 ) -> np.ndarray:
     """The signal after every token of texts given as token ids, one after the other: float64 `[tokens]`."""
     signal, limit, values = find_signal(signal), context_length(small), []
-    for text in tqdm(ids, disable=not progress):
-        given = torch.tensor([text[:limit]], device=small.device)
-        values.append(signal.of(small(input_ids=given, use_cache=False).logits[0]).double().cpu())
+    with noting_hidden(small, signal.needs_hidden) as hidden:
+        for text in tqdm(ids, disable=not progress):
+            given = torch.tensor([text[:limit]], device=small.device)
+            logits = small(input_ids=given, use_cache=False).logits[0]
+            states = hidden.states[0] if hidden.wanted else None
+            values.append(signal.of_text(logits, states, text[:limit]).double().cpu())
     signals = torch.cat(values).numpy()
     if np.isnan(signals).any():
         raise ValueError(

@@ -7,7 +7,7 @@
 Both models keep caches. The large one is idle until the gate fires; then it *catches up*: it reads all tokens that it
 has not seen in one forward, and writes the next one. With a *rollback* it judges them as well, and may take some back.
 With *usage* p, the share of the tokens that it writes, and cost ratio c (small to large, per token) no gate can be
-faster than `1 / (c + p)` times the large model. One text at a time.
+faster than `1 / (c + p)` times the large model. One text at a time; `batch` writes several.
 """
 
 import math
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from helpers.gate.gate import EntropyGate
+from helpers.gate.hidden import noting_hidden
 from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
 from helpers.gate.signals import random_stream
 from helpers.gate.text import LARGE, SMALL, Generated
@@ -52,6 +53,7 @@ def gated_generate(
     """
     large_tokenizer = large_tokenizer or tokenizer
     check_same_tokens(tokenizer, large_tokenizer)
+    gate.signal.check_pair(small, large)
     choose = Sampler(temperature, seed)
     writer = TextReader(small, SMALL, prompt_ids(tokenizer, prompt), max_new_tokens, small_cache)
     expert = TextReader(large, LARGE, prompt_ids(large_tokenizer, prompt), max_new_tokens, large_cache)
@@ -65,14 +67,16 @@ def gated_generate(
     synchronise(small.device)
     stream = TokenStream(streamer, writer.prompt)
     # Faster than no_grad, but what a packed cache keeps for later texts must not be born in it.
-    with torch.inference_mode(small_cache is None and large_cache is None):
+    inference = torch.inference_mode(small_cache is None and large_cache is None)
+    with inference, noting_hidden(small, gate.signal.needs_hidden) as hidden:
         while len(written) < max_new_tokens and not (written and written[-1] in ends):
             logits = writer.catch_up(written)[0]
             if keeps_predictions:
                 predictions.append(logits)
             large_logits = expert.catch_up(written) if gate.signal.needs_large else None
-            value = gate.signal.value(logits, None if large_logits is None else large_logits[0], draw)
-            _check_number(value, len(written))
+            known = (hidden.states[0, -1], writer.prompt + written) if hidden.wanted else ()
+            value = gate.signal.value(logits, None if large_logits is None else large_logits[0], draw, *known)
+            check_number(value, len(written))
             fired = gate.fires(value)
             result.signal.append(value)
             if fired:
@@ -99,24 +103,40 @@ def _ask_large(
     """What the large model (`expert`) predicts for the next token, `[vocabulary]`, after a rollback if one is due.
 
     `large_logits` `[1, vocabulary]` are its prediction where the signal has asked it already. A rollback shortens
-    the lists of `result`, both models' texts, and the small model's (`writer`) `predictions`, if they are kept.
+    what `judge` does, and both models' texts.
     """
     written = result.token_ids
-    result.large_calls += 1
     if large_logits is None:
-        to_judge = 0 if rollback is None else min(expert.unread(written) - 1, len(written))
-        large_logits = expert.catch_up(written, to_judge + 1)
+        large_logits = expert.catch_up(written, tokens_to_judge(expert.unread(written), written, rollback) + 1)
+    if taken_back := judge(large_logits, rollback, result, predictions):
+        writer.take_back(taken_back, predictions[-1][None] if predictions else None)
+        expert.take_back(taken_back, large_logits[-1 - taken_back][None])
+    return large_logits[-1 - taken_back]
+
+
+def tokens_to_judge(unread: int, written: list[int], rollback: float | None) -> int:
+    """How many of the tokens that the large model is about to read it judges: those written, with a rollback."""
+    return 0 if rollback is None else min(unread - 1, len(written))
+
+
+def judge(large_logits: torch.Tensor, rollback: float | None, result: Generated, predictions: list) -> int:
+    """Count a call of the large model, and take back what is too surprising to it: how many tokens, 0 mostly.
+
+    `large_logits` `[n, vocabulary]` judge the last n - 1 tokens written. Shortens the lists of `result`, and the
+    `predictions` of the small model, one a step, if they are kept.
+    """
+    result.large_calls += 1
+    written = result.token_ids
     kept = standing(large_logits, written, rollback)
-    if taken_back := len(written) - kept:
+    taken_back = len(written) - kept
+    if taken_back:
         result.rollbacks += 1
         result.discarded += taken_back
-        writer.take_back(taken_back, predictions[kept][None] if predictions else None)
-        expert.take_back(taken_back, large_logits[-1 - taken_back][None])
         for of_written in (written, result.authors):
             del of_written[kept:]
         for of_steps in (result.signal, predictions):  # the step that asked is among them
             del of_steps[kept + 1 :]
-    return large_logits[-1 - taken_back]
+    return taken_back
 
 
 def standing(large_logits: torch.Tensor, written: list[int], rollback: float | None) -> int:
@@ -131,7 +151,7 @@ def standing(large_logits: torch.Tensor, written: list[int], rollback: float | N
     return len(written) - judged + (too_surprising.index(True) if True in too_surprising else judged)
 
 
-def _check_number(value: float, written: int) -> None:
+def check_number(value: float, written: int) -> None:
     """Raise `ValueError` where the signal of the token after `written` ones is NaN: its logits were no numbers."""
     if math.isnan(value):
         raise ValueError(

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 from helpers.policies.features import entropy_of, log_probabilities
 
@@ -20,20 +21,37 @@ class Signal:
 
     name = ""
     needs_large = False  # reads the large model's prediction of every token, so that a gate by it saves nothing
+    needs_hidden = False  # reads the small model's last hidden state, and the tokens that it has read
     uniform = False  # uniform in 0-1 whatever the text: its percentiles are known without reading any
 
     def of(self, logits: torch.Tensor) -> torch.Tensor:
         """The signal of next-token distributions `[..., vocabulary]`: `[...]`, in float32 at least."""
         raise ValueError(f"signal {self.name!r} cannot be read from the small model's logits alone")
 
+    def of_text(self, logits: torch.Tensor, hidden: torch.Tensor | None, ids: list[int]) -> torch.Tensor:
+        """The signal after every token `ids` of a text `[tokens]`, from logits `[tokens, vocabulary]`.
+
+        `hidden` are the hidden states `[tokens, hidden]` for a signal that `needs_hidden`.
+        """
+        return self.of(logits)
+
+    @property
+    def identity(self) -> str:
+        """What tells its values from those of others."""
+        return self.name
+
     def value(
         self, small: torch.Tensor, large: torch.Tensor | None = None, draw: Callable[[], float] | None = None
     ) -> float:
         """The signal of one token, from the logits `[vocabulary]` of both models (`large` only if needed).
 
-        `draw` is a stream of random numbers in 0-1. NaN where logits are NaN or infinite.
+        `draw` is a stream of random numbers in 0-1. A signal that `needs_hidden` gets the hidden state `[hidden]` and
+        the tokens read as further arguments. NaN where logits are NaN or infinite.
         """
         return float(self.of(small))
+
+    def check_pair(self, small: PreTrainedModel, large: PreTrainedModel) -> None:
+        """Raise `ValueError` where the signal does not fit two models."""
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -110,6 +128,8 @@ def find_signal(signal: str | Signal) -> Signal:
     """The signal of that name (a signal itself stays). Raises `ValueError` for names that are not in `SIGNALS`."""
     if isinstance(signal, Signal):
         return signal
+    if signal == "learned":
+        raise ValueError('signal "learned" belongs to a pair of models: give LearnedSignal.load(folder, small, large)')
     if signal not in SIGNALS:
         raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {signal!r}")
     return SIGNALS[signal]

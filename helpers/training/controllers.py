@@ -52,7 +52,13 @@ def write_controller_card(folder: str | Path) -> None:
     rows = []
     for path in sorted(Path(folder).glob("*.safetensors")):
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        row = {"controller": f"`{path.stem}`", "reads": ", ".join(about["features"])}
+        row = {"controller": f"`{path.stem}`", "reads": ", ".join(_in_short(about["features"]))}
         row["hidden layers"] = " x ".join(map(str, about["hidden"])) or "none"
         rows.append(row | {"label": about["label"], "trained for model": about["model"]})
     write_filled(Path(folder) / "README.md", CARD, table=pd.DataFrame(rows).to_markdown(index=False))
+
+
+def _in_short(features: list[str]) -> list[str]:
+    """Names of features, of a vector only the first and the last."""
+    vector = [name for name in features if name.startswith("hidden_")]
+    return features if len(vector) < 3 else [name for name in features if name not in vector[1:-1]]

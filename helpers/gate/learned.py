@@ -1,0 +1,198 @@
+"""The learned signal: a small network that says how likely the large model would choose another token.
+
+    signal = LearnedSignal.load("data/controllers", small, large)
+    gate = EntropyGate.calibrate(small, tokenizer, texts, signal=signal, target_usage=0.2)
+
+It reads what the small model knows for nothing at each step: its last hidden state, its prediction, and whether the
+text repeats itself. How it is trained is in `training`; it knows one pair, and is refused on others.
+"""
+
+import hashlib
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from helpers.cache.compiling import compilers
+from helpers.gate.signals import Signal, find_signal
+from helpers.models.fingerprint import weights_fingerprint
+from helpers.policies.network import Network
+
+FILE = "gate"  # its name among the controllers
+BEST = 8  # tokens whose probabilities it reads
+WINDOW = 128  # tokens in which repetition is looked for
+ABOUT_PREDICTION = ("entropy", "max_prob", "margin", *(f"log_p_{i + 1}" for i in range(BEST)))
+ABOUT_TEXT = ("recency", "seen_pair")
+BY_HAND = len(ABOUT_PREDICTION) + len(ABOUT_TEXT)  # features before the hidden state
+OUTPUTS = ("differs", "bits")  # log-odds of another choice; softplus of it: by how many bits that is preferred
+_compiled, _ = compilers({"reassoc", "nsz", "contract", "arcp"})
+
+
+def feature_names(hidden_size: int) -> tuple[str, ...]:
+    """What the network reads, in order, for a small model whose hidden states have `hidden_size` numbers.
+
+    Of the prediction its entropy (bits), the signals of these names and the logarithms of its largest probabilities;
+    of the text how it would go on repeating itself (`repetition`); the hidden state.
+    """
+    return (*ABOUT_PREDICTION, *ABOUT_TEXT, *(f"hidden_{i}" for i in range(hidden_size)))
+
+
+def repetition(token: int, read: Sequence[int]) -> tuple[float, float]:
+    """How a text `read` would repeat itself by `token`: its `recency`, and 1 if that pair of tokens was there.
+
+    Recency is 1 / n for a token that stood n tokens ago, 0 for none of the last `WINDOW`.
+    """
+    window = read[-WINDOW:]
+    if token not in window:
+        return 0.0, 0.0
+    last, pairs = window[-1], itertools.pairwise(window)
+    return 1 / (window[::-1].index(token) + 1), float(any(b == token and a == last for a, b in pairs))
+
+
+def signal_inputs(logits: torch.Tensor, hidden: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """What the network reads of n predictions, float32 `[n, features]`.
+
+    `logits` `[n, vocabulary]` and `hidden` `[n, hidden]` are the small model's; `texts` the tokens that it had read,
+    one list a prediction.
+    """
+    log_p = logits.float().log_softmax(-1)
+    best = log_p.topk(BEST, dim=-1)
+    first, second = best.values[:, :2].exp().unbind(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1) / math.log(2)
+    pairs = zip(best.indices[:, 0].tolist(), texts, strict=True)
+    about_text = torch.tensor([repetition(token, read) for token, read in pairs], device=log_p.device).reshape(-1, 2)
+    about_prediction = torch.stack([entropy, 1 - first, 1 - (first - second)], dim=-1)
+    return torch.cat([about_prediction, best.values, about_text, hidden.float()], dim=-1)
+
+
+class LearnedSignal(Signal):
+    """The probability, by a network, that the large model would choose another token than the small one.
+
+    `pair` are the fingerprints (`weights_fingerprint`) of the small and the large model that it was trained on.
+    """
+
+    name = "learned"
+    needs_hidden = True
+
+    def __init__(self, network: Network, pair: tuple[str, str]):
+        self.network, self.pair = network, pair
+        self._checked: tuple[Callable[[], object], ...] = ()
+        self._layers = _folded(network)
+
+    @classmethod
+    def load(cls, folder: str | Path, small: PreTrainedModel, large: PreTrainedModel) -> "LearnedSignal":
+        """The signal of a pair, from `gate.safetensors` in `folder`.
+
+        Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is none or another pair's.
+        """
+        names = feature_names(small.config.get_text_config(decoder=True).hidden_size)
+        network, about = Network.load(folder, FILE, names, len(OUTPUTS))
+        pair = about.get("pair")
+        if network.features != names or not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"controller {FILE}: it is no signal of a gate for a small model of this width")
+        signal = cls(network, tuple(map(str, pair)))
+        signal.check_pair(small, large)
+        return signal
+
+    @property
+    def identity(self) -> str:
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in self._layers))
+        return f"{self.name} {digest.hexdigest()}"
+
+    def check_pair(self, small: PreTrainedModel, large: PreTrainedModel) -> None:
+        if tuple(each() for each in self._checked) == (small, large):
+            return
+        for model, known, name in ((small, self.pair[0], "small"), (large, self.pair[1], "large")):
+            if weights_fingerprint(model) != known:
+                raise ValueError(
+                    f"signal {self.name}: it was trained on another pair, and the {name} model is not that of it; "
+                    "train one for this pair with python main.py train-gate"
+                )
+        self._checked = weakref.ref(small), weakref.ref(large)
+
+    def of_text(self, logits: torch.Tensor, hidden: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        texts = [ids[: i + 1] for i in range(len(ids))]
+        return self.expects(signal_inputs(logits, hidden, texts))[0]
+
+    @torch.no_grad()
+    def expects(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `signal_inputs` `[n, features]`: how probable another choice is, and by how many bits, both `[n]`.
+
+        The bits are 0 where both choose alike, as they are in the expectation.
+        """
+        log_odds, bits = self.network(inputs).unbind(-1)
+        return log_odds.sigmoid(), torch.nn.functional.softplus(bits)
+
+    def value(self, small, large=None, draw=None, hidden=None, read=()) -> float:
+        if small.device.type != "cpu":
+            return float(self.expects(signal_inputs(small[None], hidden[None], [read]))[0])
+        # Compiled: as tensor operations, a dozen small ones, it would cost a tenth of a small model's step.
+        log_p = small.log_softmax(-1, dtype=torch.float32)
+        inputs = np.empty(BY_HAND + len(hidden), np.float32)
+        token = _about_prediction(log_p.numpy(), log_p.exp().numpy(), inputs)
+        inputs[len(ABOUT_PREDICTION) : BY_HAND] = repetition(token, read)
+        inputs[BY_HAND:] = hidden.float().numpy()
+        return float(_score(inputs, *self._layers))
+
+
+def signal_of_pair(name: str, folder: str | Path, small: PreTrainedModel, large: PreTrainedModel) -> Signal:
+    """The signal `name` for a pair: "learned" is read from `folder`, the others need nothing."""
+    return LearnedSignal.load(folder, small, large) if name == LearnedSignal.name else find_signal(name)
+
+
+def _folded(network: Network) -> list[np.ndarray]:
+    """Weights `[out, in]` and biases of the layers in turn, the standardisation of the inputs within the first."""
+    arrays = []
+    for layer in network.layers:
+        if isinstance(layer, torch.nn.Linear):
+            arrays += [layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu()]
+    arrays[0] = arrays[0] / network.scale.double().cpu()
+    arrays[1] = arrays[1] - arrays[0] @ network.mean.double().cpu()
+    return [np.ascontiguousarray(array.float().numpy()) for array in arrays]
+
+
+@_compiled
+def _about_prediction(log_p, p, inputs):
+    """Write `ABOUT_PREDICTION` into the first of `inputs`; the most probable token."""
+    values = np.full(BEST, np.float32(-np.inf))
+    token, entropy = 0, np.float32(0)
+    for i in range(len(p)):
+        entropy -= p[i] * max(log_p[i], np.float32(-1e30))
+        if log_p[i] > values[BEST - 1]:
+            if log_p[i] > values[0]:
+                token = i
+            j = BEST - 1
+            while j > 0 and values[j - 1] < log_p[i]:
+                values[j] = values[j - 1]
+                j -= 1
+            values[j] = log_p[i]
+    first, second = np.exp(values[0]), np.exp(values[1])
+    inputs[0], inputs[1], inputs[2] = entropy / np.float32(np.log(2.0)), 1 - first, 1 - (first - second)
+    inputs[3 : 3 + BEST] = values
+    return token
+
+
+@_compiled
+def _layer(x, weight, bias, out):
+    for i in range(len(out)):
+        total = bias[i]
+        for j in range(len(x)):
+            total += weight[i, j] * x[j]
+        out[i] = total
+
+
+@_compiled
+def _score(inputs, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3):
+    """The probability that the first output of a network with two hidden layers stands for."""
+    first, second, out = np.empty_like(bias_1), np.empty_like(bias_2), np.empty_like(bias_3)
+    _layer(inputs, weight_1, bias_1, first)
+    first = np.maximum(first, np.float32(0))
+    _layer(first, weight_2, bias_2, second)
+    second = np.maximum(second, np.float32(0))
+    _layer(second, weight_3, bias_3, out)
+    return 1 / (1 + np.exp(-out[0]))
