@@ -57,7 +57,7 @@ def test_stories_are_cut_after_whole_words():
 def test_no_prompt_is_judged_by_thresholds_tuned_on_it(pair):
     done = []
     table, gates = measure_fidelity(pair, FOLDS, SETTINGS, progress=done.append)
-    assert len(done) == 12
+    assert sum(done) == len(table)
     assert table.groupby("fold")["story"].unique().map(list).tolist() == [[0, 1, 2], [3, 4, 5]]
     names = [f"{s} {u}" for u in ("0.2", "0.5") for s in ("entropy", "rollback", "oracle")]
     names += [f"random 0.2 seed {seed}" for seed in range(3)] + ["random 0.5 seed 0"]

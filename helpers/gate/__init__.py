@@ -1,7 +1,8 @@
 """Entropy-gated generation: a small model writes a text, and where it is unsure a large model writes that token.
 
 Read `signals`, `gate` and `generation`; the rest are their parts: thresholds (`calibration`, `correction`), prompts,
-reading and writing. `learned` is the signal that is trained (`training`), `batch` writes several texts at once. What a gate gains and costs is measured in `helpers.gate.study`, which nothing here needs.
+reading and writing. `learned` is the signal that is trained (`training`), `batch` writes several texts at once. What
+a gate gains and costs is measured in `helpers.gate.study`, which nothing here needs.
 
 Words: *usage* is the share of the written tokens that are the large model's; the *oracle* is the ideal gate, which
 asks the large model at every step and so saves nothing.

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.gate.gate import EntropyGate
-from helpers.gate.generation import check_number, judge, tokens_to_judge
+from helpers.gate.gate import EntropyGate, OnlineTracker
+from helpers.gate.generation import check_number, gated_generate, judge, tokens_to_judge
 from helpers.gate.hidden import noting_hidden
 from helpers.gate.prompts import check_same_tokens, end_tokens, prompt_ids
-from helpers.gate.rows import RowReader
+from helpers.gate.rows import RowReader, reads_rows
 from helpers.gate.signals import random_stream
 from helpers.gate.text import LARGE, SMALL, Generated
 from helpers.gate.writing import Sampler, TokenStream
@@ -38,7 +38,7 @@ def gated_generate_batch(
     """Go on from each of `prompts`, as `gated_generate` does from one; its parameters are explained there.
 
     `seconds` of a text is the time until it was done, counted from the beginning of the batch. Raises `ValueError` as
-    `gated_generate` does, for no prompts, and for models with sliding windows or states.
+    `gated_generate` does, for no prompts, and for models with layers that a batch cannot serve.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list of one or more texts, got {prompts!r}")
@@ -89,6 +89,34 @@ def gated_generate_batch(
     for result in results:
         result.text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
     return results
+
+
+def gated_texts(
+    small: PreTrainedModel,
+    large: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    gate: EntropyGate,
+    max_new_tokens: int = 50,
+    batch: int = 32,
+    **settings,
+) -> list[Generated]:
+    """What the gate writes on each of `prompts`, up to `batch` of like length at once where that can be.
+
+    One after the other where `settings` of `gated_generate` name a cache or a streamer, where the gate steers itself,
+    and for models with layers that a batch cannot serve.
+    """
+    alone = settings.keys() & {"small_cache", "large_cache", "streamer"} or isinstance(gate, OnlineTracker)
+    if alone or not (reads_rows(small) and reads_rows(large)):
+        return [gated_generate(small, large, tokenizer, each, gate, max_new_tokens, **settings) for each in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: dict[int, Generated] = {}
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        chosen = [prompts[i] for i in rows]
+        written = gated_generate_batch(small, large, tokenizer, chosen, gate, max_new_tokens, **settings)
+        results |= dict(zip(rows, written, strict=True))
+    return [results[i] for i in range(len(prompts))]
 
 
 def _ask_large(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate, check_usage
-from helpers.gate.generation import gated_generate
 
 
 def measure_usage(
@@ -21,11 +21,11 @@ def measure_usage(
 ) -> tuple[float, np.ndarray]:
     """Share of all written tokens that are the large model's, and the signals at all of them, `[tokens]`.
 
-    `settings` are those of `gated_generate`.
+    `settings` are those of `gated_texts`, which writes them, and of `gated_generate`.
     """
     if not prompts:
         raise ValueError("prompts is empty: there is nothing to measure usage on")
-    results = [gated_generate(small, large, tokenizer, p, gate, max_new_tokens, **settings) for p in prompts]
+    results = gated_texts(small, large, tokenizer, prompts, gate, max_new_tokens, **settings)
     written = sum(len(result.authors) for result in results)
     usage = sum(result.usage * len(result.authors) for result in results) / written
     return usage, np.concatenate([result.signal for result in results])

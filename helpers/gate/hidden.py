@@ -1,4 +1,4 @@
-"""The last hidden state of a model, noted where its head reads it: what a learned signal sees besides the prediction."""
+"""The last hidden state of a model, noted where its head reads it: what a learned signal sees besides predictions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,25 +9,41 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    get_layer_types_and_kwargs,
+)
 
 from helpers.cache import explain_out_of_memory
+from helpers.cache.kinds import shares_states
 from helpers.models import check_context
+
+
+def reads_rows(model: PreTrainedModel) -> bool:
+    """Whether all layers of a model are of full attention, each with keys and values of its own, as a batch needs."""
+    kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    dense = all(DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is DynamicLayer for kind in kinds)
+    return dense and not shares_states(model.config)
 
 
 class RowCache(Cache):
     """Keys and values of texts `[B, heads, room + 1, head_dim]`; `place` says who reads next, and where.
 
-    Every layer must be one of full attention: raises `ValueError` for models with windows or states.
+    Raises `ValueError` for models with sliding windows, states, or shared keys and values.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, room: int):
-        config = model.config.get_text_config(decoder=True)
-        others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        if others or getattr(config, "sliding_window", None):
-            kinds = ", ".join(sorted(others)) or "sliding windows"
-            raise ValueError(f"a batch needs layers of full attention, and {config.model_type} has {kinds}")
-        super().__init__(layers=[_RowLayer(self) for _ in range(config.num_hidden_layers)])
+        if not reads_rows(model):
+            kind = model.config.model_type
+            raise ValueError(
+                f"several prompts at once need layers of full attention only, each with its own keys, and {kind} has "
+                "others: write one text at a time with gated_generate"
+            )
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
         self.batch, self.room = batch, room
         self.rows, self.slots, self.seen = torch.arange(batch), torch.zeros(batch, 1, dtype=torch.long), 0
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.gate.batch import gated_generate_batch
+from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate
 from helpers.gate.hidden import noting_hidden
 from helpers.gate.learned import BY_HAND, FILE, OUTPUTS, LearnedSignal, feature_names, signal_inputs
@@ -68,13 +68,11 @@ def signal_examples(
 ) -> SignalExamples:
     """What the network learns from: every token that a gate wrote that fires at random on a share `usage`."""
     small, large, tokenizer = pair
-    order = sorted(range(len(openings)), key=lambda i: len(openings[i]))  # texts of one batch are about as long
+    gate = EntropyGate(1 - usage, "random", seed=seed)
     columns: list[list[torch.Tensor]] = [[], [], [], []]
-    for start in tqdm(range(0, len(order), batch), desc="texts", leave=False):
-        rows = order[start : start + batch]
-        prompts = [openings[i] for i in rows]
-        gate = EntropyGate(1 - usage, "random", seed=seed)
-        results = gated_generate_batch(*pair, prompts, gate, new_tokens)
+    for start in tqdm(range(0, len(openings), batch), desc="texts", leave=False):
+        prompts = openings[start : start + batch]
+        results = gated_texts(*pair, prompts, gate, new_tokens, batch)
         read = [prompt_ids(tokenizer, prompt) for prompt in prompts]
         texts = [ids + result.token_ids[:-1] for ids, result in zip(read, results, strict=True)]
         longest = max(map(len, texts))
@@ -88,7 +86,9 @@ def signal_examples(
             prefixes = [text[: i + 1] for i in range(at.start, at.stop)]
             differs, bits = preferences(logits[row, at], verdicts[row, at])
             inputs = signal_inputs(logits[row, at], hidden.states[row, at], prefixes)
-            for column, part in zip(columns, (inputs, differs, bits, torch.full_like(differs, rows[row])), strict=True):
+            for column, part in zip(
+                columns, (inputs, differs, bits, torch.full_like(differs, start + row)), strict=True
+            ):
                 column.append(part.cpu())
     inputs, differs, bits, text_ids = (torch.cat(column).clone() for column in columns)
     return SignalExamples(inputs, differs, bits, text_ids.long().numpy())

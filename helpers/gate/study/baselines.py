@@ -2,10 +2,13 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from helpers.gate.prompts import end_tokens, prompt_ids
 from helpers.gate.text import LARGE, Generated
@@ -64,20 +67,32 @@ def assisted_generate(
     least = {} if stop_at_end else {"min_new_tokens": max_new_tokens}
     synchronise(large.device)
     started = time.perf_counter()
-    output = large.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        assistant_model=small,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=clock,
-        **least,
-    )
+    with _only_errors():  # the library warns of how it calls the assistant itself
+        output = large.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            assistant_model=small,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=clock,
+            **least,
+        )
     written = output[0, len(ids) :].tolist()
     seconds = time.perf_counter() - started
     first = times[1] - started if len(times) > 1 else seconds  # the first of all is the prompt's
     return _ungated(tokenizer, written, LARGE, seconds, first)
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """While open, transformers tells of errors only."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _ungated(

@@ -64,7 +64,7 @@ def evaluate_gate(
             at = (i + turn) % len(order)
             for method in (*order[at:], *order[:at]):
                 results[method].append(runs[method](prompt=prompt, max_new_tokens=max_new_tokens))
-        tables.append(_rows(i, results, reference, rouge))
+        tables.append(rows_of_prompt(i, results, reference, rouge))
         if on_prompt:
             on_prompt(tables[-1])
     return pd.concat(tables, ignore_index=True)
@@ -91,7 +91,7 @@ def _runs(
     return {name: run for method in methods for name, run in groups[method].items()}
 
 
-def _rows(prompt: int, results: dict[str, list[Generated]], reference: str, rouge: Rouge) -> pd.DataFrame:
+def rows_of_prompt(prompt: int, results: dict[str, list[Generated]], reference: str, rouge: Rouge) -> pd.DataFrame:
     """The rows of one prompt, from the runs of each method; what was written is that of the last."""
     last = {method: runs[-1] for method, runs in results.items()}
     large, texts = last.get(LARGE), [result.text for result in last.values()]

@@ -7,6 +7,7 @@ stories. Thresholds for the stories of one split are found on the other split, s
 threshold that was tuned on it, and all stories count. The random control is averaged over several seeds.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from helpers.evaluation.rouge import Rouge
+from helpers.gate.batch import gated_texts
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate
+from helpers.gate.learned import signal_of_pair
 from helpers.gate.prompts import check_same_tokens
 from helpers.gate.study.baselines import Pair
-from helpers.gate.study.evaluation import GATED, evaluate_gate
+from helpers.gate.study.evaluation import rows_of_prompt
 from helpers.gate.study.sweep import gains_over_random, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL
 from helpers.io import relative_to_root, write_table
@@ -35,7 +39,7 @@ class FidelitySettings:
     """Which prompts and which gates."""
 
     # names of signals; "rollback" is entropy with a rollback
-    signals: tuple[str, ...] = ("entropy", "max_prob", "margin", "rollback", "oracle")
+    signals: tuple[str, ...] = ("entropy", "max_prob", "margin", "rollback", "learned", "oracle")
     usages: tuple[float, ...] = (0.1, 0.2, 0.3)  # shares of the tokens that the large model is to write
     at: float = 0.2  # the usage at which signals are compared
     cuts: tuple[int, ...] = (30, 60, 90)  # words after which stories are cut
@@ -66,12 +70,18 @@ def cut_stories(stories: list[str], cuts: tuple[int, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fidelity_gates(pair: Pair, prompts: list[str], settings: FidelitySettings, **generation) -> dict[str, EntropyGate]:
-    """Gates of every signal at every usage, tuned on `prompts`, by the name "signal usage"; random ones by seed too."""
+def fidelity_gates(
+    pair: Pair, prompts: list[str], settings: FidelitySettings, controllers: str | Path = "", **generation
+) -> dict[str, EntropyGate]:
+    """Gates of every signal at every usage, tuned on `prompts`, by the name "signal usage"; random ones by seed too.
+
+    A learned signal is that of the pair in the folder `controllers`.
+    """
     gates, tokens = {}, settings.max_new_tokens
     for usage in settings.usages:
         for name in settings.signals:
-            signal, rollback = ("entropy", settings.rollback) if name == "rollback" else (name, None)
+            rollback = settings.rollback if name == "rollback" else None
+            signal = signal_of_pair("entropy" if rollback else name, controllers, *pair[:2])
             gate = threshold_on_gated_text(pair, prompts, signal, usage, tokens, passes=1, **generation)
             if not gate.signal.needs_large:
                 gate = EntropyGate(gate.threshold, signal, rollback)
@@ -86,25 +96,32 @@ def measure_fidelity(
     pair: Pair,
     folds: tuple[list[str], list[str]],
     settings: FidelitySettings,
+    controllers: str | Path = "",
     large_tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[pd.DataFrame, list[dict[str, EntropyGate]]]:
     """One row a prompt and method (`COLUMNS`, and `fold`), and the gates of each fold.
 
     The stories of each of the two `folds` are written by gates that were tuned on the other. `progress` is called
-    with 1 after every prompt.
+    with their number after every gate; the learned signal, if it is compared, is in the folder `controllers`.
     """
     cut = [cut_stories(stories, settings.cuts) for stories in folds]
     middle = sorted(settings.cuts)[len(settings.cuts) // 2]
-    tables, fold_gates = [], []
+    tables, fold_gates, rouge = [], [], Rouge(keep_in_memory=True)
     for fold, own in enumerate(cut):
         other = cut[1 - fold]
         tuning = other.loc[other["words"] == middle, "prompt"].tolist() or other["prompt"].tolist()
-        gates = fidelity_gates(pair, tuning, settings, large_tokenizer=large_tokenizer)
-        table = evaluate_gate(
-            pair, own["prompt"].tolist(), own["rest"].tolist(), gates, settings.max_new_tokens, large_tokenizer,
-            methods=(GATED, LARGE, SMALL), on_prompt=lambda rows: progress(1),
-        )  # fmt: skip
+        gates = fidelity_gates(pair, tuning, settings, controllers, large_tokenizer=large_tokenizer)
+        alone = {LARGE: EntropyGate(-math.inf), SMALL: EntropyGate(math.inf)}
+        written = {}
+        for name, gate in (gates | alone).items():
+            prompts, tokens = own["prompt"].tolist(), settings.max_new_tokens
+            written[name] = gated_texts(*pair, prompts, gate, tokens, large_tokenizer=large_tokenizer)
+            progress(len(prompts))
+        table = pd.concat(
+            rows_of_prompt(i, {name: [results[i]] for name, results in written.items()}, rest, rouge)
+            for i, rest in enumerate(own["rest"])
+        )
         table = table.join(own[["story", "words"]], on="prompt")
         table["story"] += fold * len(folds[0])
         tables.append(table[COLUMNS].assign(fold=fold))
@@ -113,7 +130,7 @@ def measure_fidelity(
 
 
 def summarise_fidelity(table: pd.DataFrame, gates: dict[str, EntropyGate], at: float = 0.2) -> pd.DataFrame:
-    """One row a measure and signal: its `gain` over random at usage `at`, see `gains_over_random`.
+    """One row a measure and signal: its `gain` over random at usage `at` and the like, see `gains_over_random`.
 
     Paired over prompts, with whole stories resampled.
     """
@@ -135,8 +152,10 @@ def report_fidelity(
     large, large_tokenizer = load_model(preset.gate_large)
     check_same_tokens(tokenizer, large_tokenizer)
     prompts = sum(len(cut_stories(stories, settings.cuts)) for stories in folds)
-    with tqdm(total=prompts) as bar:
-        table, gates = measure_fidelity((small, large, tokenizer), folds, settings, large_tokenizer, bar.update)
+    with tqdm(desc="texts") as bar:
+        table, gates = measure_fidelity(
+            (small, large, tokenizer), folds, settings, preset.data_dir / "controllers", large_tokenizer, bar.update
+        )
     summary = summarise_fidelity(table, gates[0], settings.at)
     means = table.groupby("method", sort=False)[["usage", "fidelity", "shared_prefix", "rougeL"]].mean()
     print(means.round(4).to_string())

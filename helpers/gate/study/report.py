@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate, OnlineTracker, check_usage
+from helpers.gate.learned import signal_of_pair
 from helpers.gate.prompts import check_same_tokens, fit_prompts, sample_articles
+from helpers.gate.signals import Signal
 from helpers.gate.study.evaluation import ASSISTED, GATED, METHODS, NAIVE, evaluate_gate
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_methods
 from helpers.gate.text import LARGE, SMALL
@@ -39,9 +41,11 @@ class ReportSettings:
     calibration_texts: int = 100  # number of calibration texts
     prompts: int = 5  # number of prompts
     max_new_tokens: int = 50  # tokens written on each prompt
-    signal: str = "entropy"  # entropy, max_prob, margin or random (the control)
+    signal: str = "entropy"  # entropy, max_prob, margin, learned, or random (the control)
     rollback: float | None = None  # bits: take back tokens that surprise the large model more
-    target_usage: float | None = None  # share of tokens instead of the percentile, corrected to it
+    target_usage: float | None = (
+        None  # share (0.2) or percent (20) of tokens instead of the percentile, corrected to it
+    )
     correct: Literal["bisection", "online"] = "bisection"  # on other prompts, or while writing
     repeats: int = 1  # runs of each prompt, of which the median time counts
     max_prompt_tokens: int = 1024  # articles are cut to this
@@ -53,7 +57,12 @@ class ReportSettings:
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile must lie between 0 and 100, got {self.percentile}")
         if self.target_usage is not None:
-            check_usage(self.target_usage)
+            check_usage(share_of(self.target_usage))
+
+
+def share_of(usage: float) -> float:
+    """A usage that is given as a share of tokens, or above 1 in percent, as a share."""
+    return usage / 100 if usage > 1 else usage
 
 
 def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str | Path | None = None) -> pd.DataFrame:
@@ -67,13 +76,14 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
     found, paragraphs = load_articles(articles, cut=same), load_paragraphs(calibration, cut=same)
     chosen, others = sample_articles(found, settings.prompts, settings.seed, HELD_OUT_PROMPTS)
     (small, tokenizer), (large, large_tokenizer) = readers = load_gate_pair(*names)
-    percentile = settings.percentile if settings.target_usage is None else 100 * (1 - settings.target_usage)
+    usage = None if settings.target_usage is None else share_of(settings.target_usage)
+    percentile = settings.percentile if usage is None else 100 * (1 - usage)
     print(f"\n--- Calibrating entropy threshold from '{relative_to_root(calibration)}' ---")
-    gate = _calibrate(small, tokenizer, paragraphs, percentile, settings)
+    signal = signal_of_pair(settings.signal, preset.data_dir / "controllers", small, large)
+    gate = _calibrate(small, tokenizer, paragraphs, percentile, signal, settings)
     limits = preset.prompt, readers, settings.max_new_tokens, settings.max_prompt_tokens
     texts, cut = fit_prompts(chosen, *limits)
     generation = {"large_tokenizer": large_tokenizer, "stop_at_end": not settings.fixed_length}
-    usage = settings.target_usage
     if usage is not None and settings.correct == "online":
         gate = OnlineTracker.follow(gate, usage)
     elif usage is not None:
@@ -99,7 +109,7 @@ def report_gate(preset: Preset, settings: ReportSettings | None = None, out: str
         on_prompt=show, **generation,
     )  # fmt: skip
     _print_aggregate(table, *(Path(name).name for name in names))
-    _print_more(table)
+    _print_more(table, settings.signal, usage)
     if cut:
         print(f"  - Prompts cut to fit: {cut} of {settings.prompts}")
     if out:
@@ -129,6 +139,7 @@ def _calibrate(
     tokenizer: PreTrainedTokenizerBase,
     paragraphs: list[str],
     percentile: float,
+    signal: Signal,
     settings: ReportSettings,
 ) -> EntropyGate:
     """Calibrate on a random sample of the texts, or on all where there are fewer than are asked for."""
@@ -138,7 +149,7 @@ def _calibrate(
     chosen = random.Random(settings.seed).sample(paragraphs, min(texts, len(paragraphs)))
     cache_dir = None if settings.recalibrate else THRESHOLDS
     gate = EntropyGate.calibrate(
-        small, tokenizer, chosen, percentile, settings.signal, rollback=settings.rollback, cache_dir=cache_dir
+        small, tokenizer, chosen, percentile, signal, rollback=settings.rollback, cache_dir=cache_dir
     )
     print(f"Calibration complete. Calculated Threshold at {percentile:g}th percentile: {gate.threshold:.4f}")
     if len(chosen) < texts:
@@ -169,7 +180,7 @@ def _print_aggregate(table: pd.DataFrame, small: str, large: str) -> None:
     print(LINE)
 
 
-def _print_more(table: pd.DataFrame) -> None:
+def _print_more(table: pd.DataFrame, signal: str, target: float | None) -> None:
     """What the first report did not have: time per token, all ROUGE, fidelity, intervals, the ideal speed-up."""
     summary, speed = summarise_methods(table), speed_against_ideal(table)
     shown = summary.assign(first_token_ms=1000 * summary.pop("first_token_seconds")).drop(columns="seconds")
@@ -177,6 +188,8 @@ def _print_more(table: pd.DataFrame) -> None:
         "\nPER METHOD (means over prompts; ROUGE: F-measure, stemmed; fidelity: ROUGE-L to the large model's own text):"
     )
     print(shown.rename_axis(None).to_string(float_format=lambda value: f"{value:.4g}"))
+    aimed = "none" if target is None else f"{target:.0%}"
+    print(f"\nSIGNAL: {signal}; usage target: {aimed}; usage: {speed['usage']:.1%}")
     print(f"\nPER TOKEN, with 95% paired bootstrap intervals over {table['prompt'].nunique()} prompts:")
     for name, (value, low, high) in paired_intervals(table).items():
         unit = "x" if name.startswith("speedup") else ""

@@ -8,7 +8,8 @@ import pandas as pd
 from helpers.evaluation import bootstrap_groups
 from helpers.gate.correction import measure_usage
 from helpers.gate.gate import EntropyGate
-from helpers.gate.signals import SIGNALS, Signal
+from helpers.gate.learned import LearnedSignal
+from helpers.gate.signals import SIGNALS, Signal, find_signal
 from helpers.gate.study.baselines import Pair
 from helpers.gate.text import LARGE, SMALL
 
@@ -41,14 +42,16 @@ def threshold_on_gated_text(
 def sweep_gates(
     pair: Pair,
     prompts: list[str],
-    signals: Sequence[str],
+    signals: Sequence[str | Signal],
     usages: Sequence[float],
     max_new_tokens: int = 50,
     **settings,
 ) -> dict[str, EntropyGate]:
     """A gate for each signal and usage by `threshold_on_gated_text`, by the name "signal usage"."""
     return {
-        f"{signal} {usage:g}": threshold_on_gated_text(pair, prompts, signal, usage, max_new_tokens, **settings)
+        f"{find_signal(signal).name} {usage:g}": threshold_on_gated_text(
+            pair, prompts, signal, usage, max_new_tokens, **settings
+        )
         for signal in signals
         for usage in usages
     }
@@ -66,8 +69,9 @@ def gains_over_random(
 
     Curves run straight from the small model alone (usage 0) over the gates to the large one alone (usage 1); a signal
     with another rollback is another curve, and gates that differ in their seed only are averaged into one point.
-    `gain` is the distance at usage `at`, `area` the mean distance over all usages; both with 95% bootstrap intervals
-    over prompts, or over whole `groups` `[prompts]` of them, in the order of their numbers.
+    `gain` is the distance at usage `at`, `area` the mean distance over all usages, `over_entropy` how far the curve
+    lies above that of entropy at `at` (NaN without one); all with 95% bootstrap intervals over prompts, or over whole
+    `groups` `[prompts]` of them, in the order of their numbers. `of_oracle` is the share of the oracle's gain.
     """
     wide = table.assign(written=table["usage"] * table["tokens"]).pivot(index="prompt", columns="method")
     groups = np.arange(len(wide)) if groups is None else groups
@@ -77,7 +81,7 @@ def gains_over_random(
         for method in (*gates, SMALL, LARGE)
     }
     curves: dict[str, dict[float, list[np.ndarray]]] = {}
-    order = list(SIGNALS)
+    order = [*SIGNALS, LearnedSignal.name]
     for name, gate in sorted(gates.items(), key=lambda item: order.index(item[1].signal.name)):
         label = gate.signal.name + ("" if gate.rollback is None else f", rollback {gate.rollback:g}")
         curves.setdefault(label, {}).setdefault(gate.threshold, []).append(arrays[name])
@@ -89,15 +93,16 @@ def gains_over_random(
             points.append((written / tokens, quality))
         return np.interp(grid, *zip(*sorted(points), strict=True))
 
-    def distance(name: str, measure: Callable[[np.ndarray], float]) -> tuple[float, float, float]:
-        return bootstrap_groups(
-            lambda rows: float(measure(curve(name, rows) - curve("random", rows))), groups, resamples
-        )
+    def distance(name: str, measure: Callable[[np.ndarray], float], base: str = "random") -> tuple[float, float, float]:
+        if base not in curves:
+            return (np.nan,) * 3
+        return bootstrap_groups(lambda rows: float(measure(curve(name, rows) - curve(base, rows))), groups, resamples)
 
-    gains = {
-        name: distance(name, lambda above: np.interp(at, grid, above)) + distance(name, np.mean)
-        for name in curves
-        if name != "random"
-    }
-    columns = ["gain", "gain_low", "gain_high", "area", "area_low", "area_high"]
-    return pd.DataFrame.from_dict(gains, orient="index", columns=columns).rename_axis("signal")
+    def there(above: np.ndarray) -> float:
+        return np.interp(at, grid, above)
+
+    names = [name for name in curves if name != "random"]
+    found = [[*distance(name, there), *distance(name, np.mean), *distance(name, there, "entropy")] for name in names]
+    columns = [f"{of}{end}" for of in ("gain", "area", "over_entropy") for end in ("", "_low", "_high")]
+    gains = pd.DataFrame(found, pd.Index(names, name="signal"), columns)
+    return gains.assign(of_oracle=gains["gain"] / gains["gain"].get("oracle", np.nan))
