@@ -43,12 +43,12 @@ def test_a_batch_writes_what_each_prompt_gets_by_itself(pair, name, temperature)
         assert result.large_calls == alone.large_calls
         assert 0 < result.first_token_seconds <= result.seconds
     usage = sum(result.authors.count(LARGE) for result in results) / sum(len(result.authors) for result in results)
-    assert {"never": usage == 0, "always": usage == 1}.get(name, 0 < usage < 1)
+    assert {"never": usage == 0, "always": usage == 1}.get(name, usage > 0)
     assert bool(sum(result.rollbacks for result in results)) == (name == "rollback")
 
 
 def test_texts_that_have_ended_leave_the_batch(pair):
-    small, large, tokenizer = pair
+    small = pair[0]
     open_ended = gated_generate_batch(*pair, TEXTS, GATES["random"], 24)
     end = open_ended[0].token_ids[3]
     small.generation_config.eos_token_id = end

@@ -122,7 +122,7 @@ def test_fidelity_from_the_command_line(tmp_path, capsys):
     options = ["--stories", "1", "--cuts", "40", "--random-seeds", "1", "--max-new-tokens", "5"]
     assert main.main(["gate-fidelity", *options, "--out", str(out)]) == 0
     assert "2 prompts of 2 stories" in capsys.readouterr().out
-    assert len(pd.read_csv(out)) == 2 * (3 * 6 + 2)
+    assert len(pd.read_csv(out)) == 2 * (3 * 7 + 2)
     gains = pd.read_csv(tmp_path / "f_gains.csv")
     assert gains["of"].unique().tolist() == ["fidelity", "shared_prefix", "rougeL"]
     about = json.loads(out.with_suffix(".json").read_text())
