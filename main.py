@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": ("helpers.evaluation.commands:chat", "ten turns of a conversation on one cache, by method"),
     "facts": ("helpers.evaluation.commands:facts", "facts of long texts that a model still finds, by method"),
     "harness": ("helpers.evaluation.harness.command:harness", "tasks of the LM Evaluation Harness, caches committed"),
+    "weights": ("helpers.evaluation.commands:weights", "what weights at 8 bits cost and gain on a CPU"),
     "memory": ("helpers.evaluation.commands:memory", "peak, held and live bytes of every kind of cache"),
     "card": ("helpers.publishing.commands:card", "measure the embedded pair again and rewrite its card"),
     "bench": ("helpers.publishing.commands:bench", "kernels and decode steps against the caches of transformers"),

@@ -1,4 +1,4 @@
-"""The commands of this package that print and write tables: `quality`, `compare`, `memory`, `facts` and `chat`."""
+"""The commands of this package that print and write tables: `quality`, `weights`, `compare`, `memory`, `facts`, `chat`."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from helpers.evaluation.methods import (
     multiple_choice_methods,
     seven_methods,
 )
+from helpers.evaluation.weights import weights_table
 from helpers.io import ROOT, relative_to_root, write_table
 from helpers.io.processes import is_main_process, one_first, process_count
 from helpers.models import (
@@ -69,6 +70,33 @@ def quality(options: QualityOptions) -> None:
     about = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": texts.split}
     about["seed"] = options.seed
     write_table(options.out or preset.data_dir / f"quality_{model_name(source)}.csv", table, about)
+
+
+@dataclass(frozen=True)
+class WeightsOptions(Sources):
+    """What `weights` reads."""
+
+    items: str | None = None  # multiple-choice file or hub name instead of the preset's
+    count: int = 500  # multiple-choice items, drawn at random; 0 for none
+    rows: int = 24  # sequences of the testing part of the texts, evenly spaced
+    length: int = 512  # tokens of a sequence; its second half counts
+
+
+def weights(options: WeightsOptions) -> None:
+    """Print and write what weights at 8 bits cost and gain on a CPU, against full precision."""
+    preset = options.get_preset()
+    source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
+    found = load_multiple_choice(options.find(options.items, preset.multiple_choice), preset.test_split)
+    texts = load_stories(texts_source, preset.test_split)
+    full, tokenizer = load_model(source)
+    int8, _ = load_model(source, weights="int8")
+    sequences = torch.tensor(take_sequences(tokenizer, texts, options.length, options.rows))
+    items = sample_items(found, min(options.count, len(found)), options.seed) if options.count else []
+    table = weights_table(full, int8, tokenizer, sequences, items)
+    print(table.round(4).to_string(index=False))
+    about = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": texts.split}
+    about |= {"items": len(items), "seed": options.seed, "threads": torch.get_num_threads()}
+    write_table(options.out or preset.data_dir / "weights_int8.csv", table, about, float_format="%.5g")
 
 
 @dataclass(frozen=True)
