@@ -25,7 +25,7 @@ from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import check_same_tokens, fit_prompts, prompt_ids, sample_articles
 from helpers.gate.signals import SIGNALS
 from helpers.gate.study.baselines import plain_generate
-from helpers.gate.study.evaluation import METHODS, evaluate_gate, evaluate_large_caches
+from helpers.gate.study.evaluation import METHODS, evaluate_caches, evaluate_gate
 from helpers.gate.study.summaries import paired_intervals, speed_against_ideal, summarise_gates, summarise_methods
 from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_on_gated_text
 from helpers.gate.text import LARGE, SMALL, trace
@@ -583,12 +583,16 @@ def test_gains_are_read_off_the_curves():
     assert gains.loc["entropy", "area"] == pytest.approx(0.1, abs=0.002)
 
 
-def test_the_large_model_may_keep_a_packed_cache(pair):
-    caches = {"dynamic": lambda model: DynamicCache(config=model.config), "fixed": CACHES["schedule"]}
-    table = evaluate_large_caches(pair, PROMPTS[:2], EntropyGate(0.5, "random"), caches, 20)
-    assert table["cache"].tolist() == ["dynamic", "fixed"] * 2
+def test_both_models_may_keep_packed_caches(pair):
+    dynamic, packed = lambda model: DynamicCache(config=model.config), CACHES["schedule"]
+    caches = {"dynamic": (dynamic, dynamic), "large packed": (dynamic, packed), "both packed": (packed, packed)}
+    table = evaluate_caches(pair, PROMPTS[:2], EntropyGate(0.5, "random"), caches, 20)
+    assert table["cache"].tolist() == [*caches] * 2
     size = table.groupby("cache")["live_bytes"].sum()
-    assert 0 < size["fixed"] < size["dynamic"]
+    assert 0 < size["both packed"] < size["large packed"] < size["dynamic"]
+    assert (table["peak_bytes"] >= table["held_bytes"]).all()
+    assert (table["held_bytes"] >= table["live_bytes"]).all()
+    assert table["cache_tokens"].nunique() <= 6
 
 
 def test_the_gates_figures_and_explorer(several, pair, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands of this package that print and write tables: `quality`, `weights`, `compare`, `memory`, `facts`, `chat`."""
+"""The commands of this package that print and write tables: `quality`, `weights`, `compare`, `memory` and others."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass

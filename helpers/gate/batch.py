@@ -106,7 +106,8 @@ def gated_texts(
     One after the other where `settings` of `gated_generate` name a cache or a streamer, where the gate steers itself,
     and for models with layers that a batch cannot serve.
     """
-    alone = settings.keys() & {"small_cache", "large_cache", "streamer"} or isinstance(gate, OnlineTracker)
+    alone = batch == 1 or isinstance(gate, OnlineTracker)
+    alone = alone or settings.keys() & {"small_cache", "large_cache", "streamer"}
     if alone or not (reads_rows(small) and reads_rows(large)):
         return [gated_generate(small, large, tokenizer, each, gate, max_new_tokens, **settings) for each in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

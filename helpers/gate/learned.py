@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from helpers.cache.compiling import compilers
 from helpers.gate.signals import Signal, find_signal
+from helpers.io import relative_to_root
 from helpers.models.fingerprint import weights_fingerprint
 from helpers.policies.network import Network
 
@@ -82,7 +83,7 @@ class LearnedSignal(Signal):
     def __init__(self, network: Network, pair: tuple[str, str]):
         self.network, self.pair = network, pair
         self._checked: tuple[Callable[[], object], ...] = ()
-        self._layers = _folded(network)
+        self._layers = _arrays(network)
 
     @classmethod
     def load(cls, folder: str | Path, small: PreTrainedModel, large: PreTrainedModel) -> "LearnedSignal":
@@ -90,6 +91,11 @@ class LearnedSignal(Signal):
 
         Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is none or another pair's.
         """
+        if not Path(folder, f"{FILE}.safetensors").is_file():
+            raise FileNotFoundError(
+                f"no learned signal of a gate ({FILE}.safetensors) in {relative_to_root(folder)}: python main.py "
+                "train-gate writes one"
+            )
         names = feature_names(small.config.get_text_config(decoder=True).hidden_size)
         network, about = Network.load(folder, FILE, names, len(OUTPUTS))
         pair = about.get("pair")
@@ -145,15 +151,13 @@ def signal_of_pair(name: str, folder: str | Path, small: PreTrainedModel, large:
     return LearnedSignal.load(folder, small, large) if name == LearnedSignal.name else find_signal(name)
 
 
-def _folded(network: Network) -> list[np.ndarray]:
-    """Weights `[out, in]` and biases of the layers in turn, the standardisation of the inputs within the first."""
-    arrays = []
+def _arrays(network: Network) -> list[np.ndarray]:
+    """Means of the inputs and what they are multiplied by, weights `[out, in]` and biases of the layers in turn."""
+    tensors = [network.mean, 1 / network.scale]
     for layer in network.layers:
         if isinstance(layer, torch.nn.Linear):
-            arrays += [layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu()]
-    arrays[0] = arrays[0] / network.scale.double().cpu()
-    arrays[1] = arrays[1] - arrays[0] @ network.mean.double().cpu()
-    return [np.ascontiguousarray(array.float().numpy()) for array in arrays]
+            tensors += [layer.weight.detach(), layer.bias.detach()]
+    return [np.ascontiguousarray(tensor.float().cpu().numpy()) for tensor in tensors]
 
 
 @_compiled
@@ -187,10 +191,10 @@ def _layer(x, weight, bias, out):
 
 
 @_compiled
-def _score(inputs, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3):
+def _score(inputs, mean, factor, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3):
     """The probability that the first output of a network with two hidden layers stands for."""
     first, second, out = np.empty_like(bias_1), np.empty_like(bias_2), np.empty_like(bias_3)
-    _layer(inputs, weight_1, bias_1, first)
+    _layer((inputs - mean) * factor, weight_1, bias_1, first)
     first = np.maximum(first, np.float32(0))
     _layer(first, weight_2, bias_2, second)
     second = np.maximum(second, np.float32(0))

@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
         output *= scales[:, None]
         if self.bias is not None:
             output += self.bias
-        return output.to(input.dtype).unflatten(0, input.shape[:-1])
+        return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

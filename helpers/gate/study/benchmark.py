@@ -6,12 +6,15 @@ Pairs of published shapes with random weights, or the embedded pair. Entropies o
 gate computes them, as any gate must, and fires at random: speed does not depend on which tokens it fires at.
 """
 
+import statistics
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from helpers.evaluation import bootstrap_ratio
+from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate
 from helpers.gate.study.baselines import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
@@ -52,6 +55,7 @@ class GateBenchmark:
     prompt_tokens: int = 32  # tokens of each prompt
     new_tokens: int = 50  # tokens written on each prompt
     rounds: int = 3  # runs of each prompt, of which the median counts
+    batches: tuple[int, ...] = (4, 8)  # numbers of prompts that are written at once
     dtype: str | None = None  # float32, float16 or bfloat16 instead of what suits the device
     seed: int = 0  # of the random weights
 
@@ -63,6 +67,8 @@ class GateBenchmark:
         for name, least in (("prompts", 1), ("prompt_tokens", 1), ("rounds", 1), ("new_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if min(self.batches, default=1) < 1:
+            raise ValueError(f"batches must be numbers of prompts, 1 or more, got {self.batches}")
         if self.dtype not in (None, "float32", "float16", "bfloat16"):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {self.dtype!r}")
 
@@ -100,6 +106,7 @@ def time_gate(settings: GateBenchmark) -> dict[str, object]:
     parts = time_parts(pair, prompts, gate, settings.new_tokens, settings.rounds)
     with_prompt = ideal_with_prompt(speed, parts)
     speed |= {"ideal_with_prompt": with_prompt, "share_with_prompt": speed["speedup"] / with_prompt}
+    throughput = time_batches(pair, prompts, gate, settings)
     return {
         "settings": asdict(settings),
         "weights": {
@@ -110,7 +117,29 @@ def time_gate(settings: GateBenchmark) -> dict[str, object]:
         "first_token_ms": (1000 * summary["first_token_seconds"]).to_dict(),
         "speed": {name: float(value) for name, value in speed.items()},
         "parts": {name: float(value) for name, value in parts.items()},
+        "throughput": throughput,
     }
+
+
+def time_batches(pair: Pair, prompts: list[str], gate: EntropyGate, settings: GateBenchmark) -> dict[str, float]:
+    """Tokens per second with several prompts at once, over those with one at a time, by the number of prompts.
+
+    Sizes take turns; of the `rounds` the median ratio counts. Prompts beyond the last whole batch are left out.
+    """
+    sizes = [size for size in settings.batches if size <= len(prompts)]
+    ratios: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(settings.rounds + 1):
+        for size in sizes:
+            chosen = prompts[: len(prompts) // size * size]
+            rates = []
+            for together in (1, size):
+                started = time.perf_counter()
+                write = {"max_new_tokens": settings.new_tokens, "batch": together, "stop_at_end": False}
+                results = gated_texts(*pair, chosen, gate, **write)
+                rates.append(sum(len(result.token_ids) for result in results) / (time.perf_counter() - started))
+            if turn:  # the first is for warming up
+                ratios[size].append(rates[1] / rates[0])
+    return {str(size): statistics.median(of_size) for size, of_size in ratios.items()}
 
 
 def run_gate_benchmark(settings: GateBenchmark, out: str | Path | None = None) -> dict[str, object]:
@@ -119,6 +148,8 @@ def run_gate_benchmark(settings: GateBenchmark, out: str | Path | None = None) -
     print(f"{settings.pair}, {result['dtype']}, {settings.prompt_tokens} + {settings.new_tokens} tokens")
     for title, key, digits in (("ms per token", "ms_per_token", 2), ("speed", "speed", 3), ("parts", "parts", 3)):
         print(f"{title}: " + ", ".join(f"{name} {value:.{digits}f}" for name, value in result[key].items()))
+    for size, ratio in result["throughput"].items():
+        print(f"{size} prompts at once: {ratio:.2f} times the tokens per second of one at a time")
     if out != "-":
         write_json(out or FOLDER / f"gate_{settings.pair}.json", result)
     return result

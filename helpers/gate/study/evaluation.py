@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.cache import live_bytes, stored_bytes
 from helpers.evaluation.rouge import Rouge
+from helpers.evaluation.tracing import trace_cache
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import end_tokens
@@ -128,30 +129,42 @@ def _shared_prefix(result: Generated, large: Generated) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def evaluate_large_caches(
+def evaluate_caches(
     pair: Pair,
     prompts: list[str],
     gate: EntropyGate,
-    caches: dict[str, CacheFactory],
+    caches: dict[str, tuple[CacheFactory, CacheFactory]],
     max_new_tokens: int = 50,
     large_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> pd.DataFrame:
-    """The gate with the large model's cache made by each factory: one row a prompt and cache.
+    """The gate with the caches of the small and of the large model made by each two factories: one row a prompt.
 
-    `usage`, `tokens`, `fidelity` to the large model alone in full precision, and of the large model's cache at the
-    end `cache_tokens`, `held_bytes` (spare room included) and `live_bytes`.
+    `usage`, `tokens`, `fidelity` to the large model alone in full precision, the `seconds` of an untraced run, and of
+    both caches together `cache_tokens`, `held_bytes` at the end (spare room included), `live_bytes`, and `peak_bytes`,
+    the sum of what each held at most.
     """
     small, large, tokenizer = pair
     large_tokenizer, rouge = large_tokenizer or tokenizer, Rouge(keep_in_memory=True)
     settings = {"max_new_tokens": max_new_tokens, "large_tokenizer": large_tokenizer}
+
+    def write(prompt: str, made: list) -> Generated:
+        return gated_generate(
+            *pair, prompt, gate, small_cache=lambda _: made[0], large_cache=lambda _: made[1], **settings
+        )
+
     rows = []
     for i, prompt in enumerate(prompts):
         alone = plain_generate(large, large_tokenizer, prompt, max_new_tokens, ends=end_tokens(small, large))
-        for name, factory in caches.items():
-            made = factory(large)
-            result = gated_generate(*pair, prompt, gate, large_cache=lambda model, made=made: made, **settings)
-            cache = made.cache if isinstance(made, PolicyDriver) else made
+        for name, factories in caches.items():
+            seconds = write(prompt, [factory(model) for factory, model in zip(factories, pair, strict=False)]).seconds
+            made = [factory(model) for factory, model in zip(factories, pair, strict=False)]
+            kept = [each.cache if isinstance(each, PolicyDriver) else each for each in made]
+            with trace_cache(kept[0]) as first, trace_cache(kept[1]) as second:
+                result = write(prompt, made)
             row = {"prompt": i, "cache": name, "tokens": len(result.token_ids), "usage": result.usage}
-            row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "cache_tokens": cache.get_seq_length()}
-            rows.append(row | {"held_bytes": stored_bytes(cache), "live_bytes": live_bytes(cache)})
+            row |= {"fidelity": fidelity([result.text], alone.text, rouge)[0], "seconds": seconds}
+            row["cache_tokens"] = sum(cache.get_seq_length() for cache in kept)
+            row["peak_bytes"] = first.peak_bytes + second.peak_bytes
+            row |= {"held_bytes": sum(map(stored_bytes, kept)), "live_bytes": sum(map(live_bytes, kept))}
+            rows.append(row)
     return pd.DataFrame(rows)

@@ -73,7 +73,10 @@ def importances(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     return figure
 
 
-def reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8) -> Figure:
+def reliability(
+    curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, subtitle: str, bins: int = 8,
+    labels: tuple[str, str] = ("probability of the chosen width", "share that matches the label"),
+) -> Figure:  # fmt: skip
     """Share that is right against the probability that the controller gave its choice; equal-count bins."""
     figure, axes = frame(title, subtitle, (5.6, 4.2))
     lowest = 1.0
@@ -87,8 +90,8 @@ def reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, su
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
     axes.set_xlim(lowest - 0.02, 1.01)  # where its points are, not from 0
     axes.set_ylim(lowest - 0.02, 1.01)
-    axes.set_xlabel("probability of the chosen width")
-    axes.set_ylabel("share that matches the label")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.legend(frameon=False, fontsize=8.5)
     return figure
 
