@@ -2,6 +2,7 @@
 # hub or, with TEXTS_DIR=FOLDER, from files (data/README.md says which).
 PYTHON ?= python3
 PRESET ?= embedded
+TORCH ?= 2.13.0
 BIN := .venv/bin
 export PRESET
 ifdef TEXTS_DIR
@@ -30,7 +31,7 @@ lint: .venv/ready
 # torch first: a later package would otherwise choose a build of its own.
 .venv/ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e ".[harness]"
 	touch $@
 

@@ -11,7 +11,7 @@ the commands of `main.py`, `parts` says where the time goes.
 from helpers.gate.prompts import fit_prompts, sample_articles
 from helpers.gate.study.baselines import assisted_generate, plain_generate
 from helpers.gate.study.benchmark import FixedShareGate, GateBenchmark, run_gate_benchmark
-from helpers.gate.study.evaluation import GATED, METHODS, evaluate_caches, evaluate_gate
+from helpers.gate.study.evaluation import GATED, METHODS, evaluate_caches, evaluate_gate, evaluate_texts
 from helpers.gate.study.fidelity import FidelitySettings, cut_stories, report_fidelity
 from helpers.gate.study.learned import caught_by_signal, input_importance
 from helpers.gate.study.parts import ideal_with_prompt, parts_against_ideal, time_parts
@@ -21,7 +21,8 @@ from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_o
 
 __all__ = [
     "GATED", "METHODS", "FidelitySettings", "FixedShareGate", "GateBenchmark", "ReportSettings", "assisted_generate",
-    "caught_by_signal", "cut_stories", "evaluate_caches", "evaluate_gate", "fit_prompts", "gains_over_random",
+    "caught_by_signal", "cut_stories", "evaluate_caches", "evaluate_gate", "evaluate_texts", "fit_prompts",
+    "gains_over_random",
     "ideal_with_prompt", "input_importance",
     "paired_intervals", "parts_against_ideal", "plain_generate", "report_fidelity", "report_gate",
     "run_gate_benchmark", "sample_articles", "speed_against_ideal", "summarise_gates", "summarise_methods",

@@ -4,6 +4,7 @@ Every method writes on the same prompts, up to the same length, in one interleav
 texts; *fidelity* is ROUGE-L against what the large model writes itself: 1 where the gate changes nothing.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from helpers.cache import live_bytes, stored_bytes
 from helpers.evaluation.rouge import Rouge
 from helpers.evaluation.tracing import trace_cache
+from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
 from helpers.gate.prompts import end_tokens
@@ -68,6 +70,31 @@ def evaluate_gate(
         tables.append(rows_of_prompt(i, results, reference, rouge))
         if on_prompt:
             on_prompt(tables[-1])
+    return pd.concat(tables, ignore_index=True)
+
+
+def evaluate_texts(
+    pair: Pair,
+    prompts: list[str],
+    references: list[str],
+    gates: dict[str, EntropyGate],
+    max_new_tokens: int = 50,
+    large_tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> pd.DataFrame:
+    """What `evaluate_gate` says of gates and of both models alone, written several prompts at once.
+
+    Much faster, and its times mean nothing. `progress` is called with the number of prompts after each gate.
+    """
+    alone, written = {LARGE: EntropyGate(-math.inf), SMALL: EntropyGate(math.inf)}, {}
+    for name, gate in (gates | alone).items():
+        written[name] = gated_texts(*pair, prompts, gate, max_new_tokens, large_tokenizer=large_tokenizer)
+        progress(len(prompts))
+    rouge = Rouge(keep_in_memory=True)
+    tables = [
+        rows_of_prompt(i, {name: [results[i]] for name, results in written.items()}, reference, rouge)
+        for i, reference in enumerate(references)
+    ]
     return pd.concat(tables, ignore_index=True)
 
 

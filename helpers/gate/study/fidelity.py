@@ -7,7 +7,6 @@ stories. Thresholds for the stories of one split are found on the other split, s
 threshold that was tuned on it, and all stories count. The random control is averaged over several seeds.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +15,13 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from helpers.evaluation.rouge import Rouge
-from helpers.gate.batch import gated_texts
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate
 from helpers.gate.learned import signal_of_pair
 from helpers.gate.prompts import check_same_tokens
 from helpers.gate.study.baselines import Pair
-from helpers.gate.study.evaluation import rows_of_prompt
+from helpers.gate.study.evaluation import evaluate_texts
 from helpers.gate.study.sweep import gains_over_random, threshold_on_gated_text
-from helpers.gate.text import LARGE, SMALL
 from helpers.io import relative_to_root, write_table
 from helpers.models import Preset, load_model, load_multiple_choice, sample_texts
 
@@ -107,21 +103,13 @@ def measure_fidelity(
     """
     cut = [cut_stories(stories, settings.cuts) for stories in folds]
     middle = sorted(settings.cuts)[len(settings.cuts) // 2]
-    tables, fold_gates, rouge = [], [], Rouge(keep_in_memory=True)
+    tables, fold_gates = [], []
     for fold, own in enumerate(cut):
         other = cut[1 - fold]
         tuning = other.loc[other["words"] == middle, "prompt"].tolist() or other["prompt"].tolist()
         gates = fidelity_gates(pair, tuning, settings, controllers, large_tokenizer=large_tokenizer)
-        alone = {LARGE: EntropyGate(-math.inf), SMALL: EntropyGate(math.inf)}
-        written = {}
-        for name, gate in (gates | alone).items():
-            prompts, tokens = own["prompt"].tolist(), settings.max_new_tokens
-            written[name] = gated_texts(*pair, prompts, gate, tokens, large_tokenizer=large_tokenizer)
-            progress(len(prompts))
-        table = pd.concat(
-            rows_of_prompt(i, {name: [results[i]] for name, results in written.items()}, rest, rouge)
-            for i, rest in enumerate(own["rest"])
-        )
+        texts = own["prompt"].tolist(), own["rest"].tolist()
+        table = evaluate_texts(pair, *texts, gates, settings.max_new_tokens, large_tokenizer, progress)
         table = table.join(own[["story", "words"]], on="prompt")
         table["story"] += fold * len(folds[0])
         tables.append(table[COLUMNS].assign(fold=fold))

@@ -40,6 +40,7 @@ SIGNAL_STYLES = {
     "entropy": ("#0072b2", "o", "-"),
     "max_prob": ("#e69f00", "s", "--"),
     "margin": ("#009e73", "^", "-."),
+    "learned": ("#cc79a7", "P", "-"),
     "random": ("0.45", "X", ":"),
     "oracle": ("black", "*", "-"),
 }

@@ -25,6 +25,7 @@ from helpers.publishing.tables.harness import chat_table, facts_table, harness_t
 from helpers.publishing.tables.headline import headline_table
 from helpers.publishing.tables.memory import memory_table
 from helpers.publishing.tables.texts import text_files_table
+from helpers.publishing.tables.weights import weights_table
 
 TABLES: dict[str, Callable[[], str]] = {
     "assignment": assignment_table,
@@ -48,6 +49,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gate-fidelity": gate_fidelity_table,
     "gate-sizes": gate_sizes_table,
     "gate-parts": gate_parts_table,
+    "weights": weights_table,
     "collected": collected_table,
     "pair": pair_table,
     "text-files": text_files_table,

@@ -11,7 +11,7 @@ from helpers.publishing.tables.layout import BENCHMARKS, DATA, interval, interva
 def gate_usage_table() -> str:
     """The usage that each way of setting a threshold reaches, from `data/gate_usage.csv` (notebook 05)."""
     table = pd.read_csv(DATA / "gate_usage.csv")
-    table["threshold"] = table["gate"].str.split().str[0]
+    table["threshold"] = table["gate"].str.rsplit(" ", n=1).str[0]
     table["aim"] = table["target"].map("aimed at {:g}%".format)
     table["shown"] = intervals(table, "usage", 1)
     wide = table.pivot(index="threshold", columns="aim", values="shown")
@@ -50,7 +50,11 @@ def gate_fidelity_table() -> str:
     columns = {
         title: intervals(table[table["of"] == of], "gain", digits, sign=True) for of, (title, digits) in titles.items()
     }
-    return markdown(pd.DataFrame(columns).loc[table.index.unique()].reset_index())
+    columns = pd.DataFrame(columns)
+    of_fidelity = table[table["of"] == "fidelity"]
+    columns.insert(1, "... minus entropy's gain", intervals(of_fidelity, "over_entropy", 3, sign=True))
+    columns.insert(2, "share of the oracle's", of_fidelity["of_oracle"].map("{:.0%}".format))
+    return markdown(columns.loc[[*table.index.unique().drop("oracle"), "oracle"]].reset_index())
 
 
 def gate_benchmarks() -> dict[str, dict]:
@@ -77,6 +81,7 @@ def gate_sizes_table() -> str:
             "ideal 1/(c + p)": f"{speed['ideal']:.2f}",
             "share of it": f"{speed['share']:.2f}",
             "once the prompt is counted": f"{speed['share_with_prompt']:.2f}",
+            "4, 8 prompts at once": ", ".join(f"{ratio:.1f}x" for ratio in result.get("throughput", {}).values()),
         })  # fmt: skip
     return markdown(pd.DataFrame(rows))
 

@@ -45,5 +45,8 @@ def headline_table() -> str:
          "`main.py gate-bench --pair embedded`"),
         ("fidelity of the entropy gate minus a random gate's, 20% usage",
          interval(gains.loc["entropy"], "gain", 3, sign=True), "`main.py gate-fidelity`"),
+        ("... of the learned signal", interval(gains.loc["learned"], "gain", 3, sign=True), "`main.py gate-fidelity`"),
+        ("... minus entropy's gain", interval(gains.loc["learned"], "over_entropy", 3, sign=True),
+         "`main.py gate-fidelity`"),
     ]  # fmt: skip
     return markdown(pd.DataFrame(rows, columns=["result", "value [95% interval]", "from"]))
