@@ -592,7 +592,6 @@ def test_both_models_may_keep_packed_caches(pair):
     assert 0 < size["both packed"] < size["large packed"] < size["dynamic"]
     assert (table["peak_bytes"] >= table["held_bytes"]).all()
     assert (table["held_bytes"] >= table["live_bytes"]).all()
-    assert table["cache_tokens"].nunique() <= 6
 
 
 def test_the_gates_figures_and_explorer(several, pair, tmp_path):

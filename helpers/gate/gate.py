@@ -14,9 +14,9 @@ class EntropyGate:
     """Fires where `signal` is above `threshold`: there the large model writes.
 
     `signal` is the name of one of `SIGNALS`, or a `Signal`: "entropy" (bits), "max_prob" and "margin" of the small
-    model; "random", the control, which draws from `seed`; "oracle", the ideal, which asks the large model at every
-    step and saves nothing: with threshold 0 it fires where the two models' choices differ. A threshold of -inf fires
-    always, of inf never.
+    model; a `LearnedSignal` of the pair; "random", the control, which draws from `seed`; "oracle", the ideal, which
+    asks the large model at every step and saves nothing: with threshold 0 it fires where the two models' choices
+    differ. A threshold of -inf fires always, of inf never.
 
     With a `rollback` (bits), the large model judges the small one's tokens as it catches up on them, which costs
     nothing: the first to which it gives a surprisal of more than that is taken back, with all after it, and it writes

@@ -5,7 +5,7 @@ the large model writes alone (ROUGE-L, 1 where they are the same), the *oracle* 
 choices.
 
 Read `evaluation` first. Its tables are summed up in `summaries` and `sweep`; `report`, `fidelity` and `benchmark` are
-the commands of `main.py`, `parts` says where the time goes.
+the commands of `main.py`, `parts` says where the time goes, `learned` what the learned signal knows.
 """
 
 from helpers.gate.prompts import fit_prompts, sample_articles
@@ -22,9 +22,8 @@ from helpers.gate.study.sweep import gains_over_random, sweep_gates, threshold_o
 __all__ = [
     "GATED", "METHODS", "FidelitySettings", "FixedShareGate", "GateBenchmark", "ReportSettings", "assisted_generate",
     "caught_by_signal", "cut_stories", "evaluate_caches", "evaluate_gate", "evaluate_texts", "fit_prompts",
-    "gains_over_random",
-    "ideal_with_prompt", "input_importance",
-    "paired_intervals", "parts_against_ideal", "plain_generate", "report_fidelity", "report_gate",
-    "run_gate_benchmark", "sample_articles", "speed_against_ideal", "summarise_gates", "summarise_methods",
-    "sweep_gates", "threshold_on_gated_text", "time_parts",
+    "gains_over_random", "ideal_with_prompt", "input_importance", "paired_intervals", "parts_against_ideal",
+    "plain_generate", "report_fidelity", "report_gate", "run_gate_benchmark", "sample_articles",
+    "speed_against_ideal", "summarise_gates", "summarise_methods", "sweep_gates", "threshold_on_gated_text",
+    "time_parts",
 ]  # fmt: skip
