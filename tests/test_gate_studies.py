@@ -13,6 +13,7 @@ import main
 from helpers.gate.correction import measure_usage
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
+from helpers.gate.learned import LearnedSignal
 from helpers.gate.study import benchmark as gate_benchmark
 from helpers.gate.study import report as gate_report
 from helpers.gate.study.baselines import plain_generate
@@ -239,8 +240,17 @@ def test_the_committed_gains_are_those_of_the_committed_rows():
         signal, rollback = name.split()[0], None
         if signal == "rollback":
             signal, rollback = "entropy", about["rollback"]
+        if signal == "learned":
+            signal = LearnedSignal.load(ROOT / "data" / "controllers", *embedded_pair())
         gates[name] = EntropyGate(threshold, signal, rollback)
     found = gains_over_random(table.assign(prompt=table["story"] * 1000 + table["words"]), gates, resamples=2)
     saved = pd.read_csv(ROOT / "data" / "gate_fidelity_gains.csv").set_index(["of", "signal"]).loc["fidelity"]
     assert found["gain"].to_dict() == pytest.approx(saved["gain"].to_dict(), abs=2e-4)
     assert (saved["gain_low"] > 0).all()
+    assert found["over_entropy"].to_dict() == pytest.approx(saved["over_entropy"].to_dict(), abs=2e-4)
+    assert found["of_oracle"].to_dict() == pytest.approx(saved["of_oracle"].to_dict(), abs=2e-3)
+
+
+def embedded_pair():
+    preset = PRESETS["embedded"]
+    return [load_model(source, quiet=True)[0] for source in (preset.gate_small, preset.gate_large)]

@@ -52,7 +52,9 @@ def gate_fidelity_table() -> str:
     }
     columns = pd.DataFrame(columns)
     of_fidelity = table[table["of"] == "fidelity"]
-    columns.insert(1, "... minus entropy's gain", intervals(of_fidelity, "over_entropy", 3, sign=True))
+    beyond = intervals(of_fidelity, "over_entropy", 3, sign=True)
+    beyond["entropy"] = ""
+    columns.insert(1, "... minus entropy's gain", beyond)
     columns.insert(2, "share of the oracle's", of_fidelity["of_oracle"].map("{:.0%}".format))
     return markdown(columns.loc[[*table.index.unique().drop("oracle"), "oracle"]].reset_index())
 
