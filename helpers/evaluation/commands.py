@@ -86,12 +86,13 @@ def weights(options: WeightsOptions) -> None:
     """Print and write what weights at 8 bits cost and gain on a CPU, against full precision."""
     preset = options.get_preset()
     source, texts_source = options.model or preset.model, options.find(options.texts, preset.stories)
-    found = load_multiple_choice(options.find(options.items, preset.multiple_choice), preset.test_split)
+    items_source = options.find(options.items, preset.multiple_choice)
+    found = load_multiple_choice(items_source, preset.test_split) if options.count else Part()
     texts = load_stories(texts_source, preset.test_split)
     full, tokenizer = load_model(source)
     int8, _ = load_model(source, weights="int8")
     sequences = torch.tensor(take_sequences(tokenizer, texts, options.length, options.rows))
-    items = sample_items(found, min(options.count, len(found)), options.seed) if options.count else []
+    items = sample_items(found, min(options.count, len(found)), options.seed) if found else []
     table = weights_table(full, int8, tokenizer, sequences, items)
     print(table.round(4).to_string(index=False))
     about = {"model": relative_to_root(source), "source": relative_to_root(texts_source), "split": texts.split}

@@ -8,7 +8,6 @@ text repeats itself. How it is trained is in `training`; it knows one pair, and 
 """
 
 import hashlib
-import itertools
 import math
 import weakref
 from array import array
@@ -23,6 +22,7 @@ from helpers.cache.compiling import compilers
 from helpers.gate.signals import Signal, find_signal
 from helpers.io import relative_to_root
 from helpers.models.fingerprint import weights_fingerprint
+from helpers.policies.features import entropy_of, log_probabilities
 from helpers.policies.network import Network
 
 FILE = "gate"  # its name among the controllers
@@ -49,11 +49,12 @@ def repetition(token: int, read: Sequence[int]) -> tuple[float, float]:
 
     Recency is 1 / n for a token that stood n tokens ago, 0 for none of the last `WINDOW`.
     """
-    window = read[-WINDOW:]
-    if token not in window:
-        return 0.0, 0.0
-    last, pairs = window[-1], itertools.pairwise(window)
-    return 1 / (window[::-1].index(token) + 1), float(any(b == token and a == last for a, b in pairs))
+    return _repetition(token, _window(read))
+
+
+def _window(read: Sequence[int]) -> np.ndarray:
+    """The tokens in which repetition is looked for, in the fewest operations."""
+    return np.frombuffer(array("q", read[-WINDOW:]), np.int64)
 
 
 def signal_inputs(logits: torch.Tensor, hidden: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -62,10 +63,10 @@ def signal_inputs(logits: torch.Tensor, hidden: torch.Tensor, texts: Sequence[Se
     `logits` `[n, vocabulary]` and `hidden` `[n, hidden]` are the small model's; `texts` the tokens that it had read,
     one list a prediction.
     """
-    log_p = logits.float().log_softmax(-1)
+    log_p = log_probabilities(logits.float())
     best = log_p.topk(BEST, dim=-1)
     first, second = best.values[:, :2].exp().unbind(-1)
-    entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1) / math.log(2)
+    entropy = entropy_of(log_p) / math.log(2)
     pairs = zip(best.indices[:, 0].tolist(), texts, strict=True)
     about_text = torch.tensor([repetition(token, read) for token, read in pairs], device=log_p.device).reshape(-1, 2)
     about_prediction = torch.stack([entropy, 1 - first, 1 - (first - second)], dim=-1)
@@ -140,8 +141,7 @@ class LearnedSignal(Signal):
             return float(self.expects(signal_inputs(small[None], hidden[None], [read]))[0])
         # Compiled, and in one call: right after a forward every operation, however small, takes microseconds.
         log_p = small.log_softmax(-1, dtype=torch.float32)
-        window = np.frombuffer(array("q", read[-WINDOW:]), np.int64)
-        given = log_p.numpy(), log_p.exp().numpy(), hidden.float().numpy(), window
+        given = log_p.numpy(), log_p.exp().numpy(), hidden.float().numpy(), _window(read)
         return float(_probability(*given, *self._layers))
 
 
@@ -180,16 +180,15 @@ def _about_prediction(log_p, p, inputs):
     return token
 
 
-@_inlined
-def _about_text(token, window, inputs):
-    """Write `ABOUT_TEXT`, which is `repetition`, into the first two of `inputs`."""
-    inputs[0] = inputs[1] = 0
-    n = len(window)
+@_compiled
+def _repetition(token, window):
+    recency, seen_pair, n = 0.0, 0.0, len(window)
     for i in range(n):
         if window[i] == token:
-            inputs[0] = np.float32(1 / (n - i))
+            recency = 1 / (n - i)
             if i and window[i - 1] == window[n - 1]:
-                inputs[1] = 1
+                seen_pair = 1.0
+    return recency, seen_pair
 
 
 @_compiled
@@ -208,7 +207,7 @@ def _probability(log_p, p, hidden, window, mean, factor, weight_1, bias_1, weigh
     """The probability that the first output of a network with two hidden layers stands for."""
     inputs, zero = np.empty_like(mean), np.float32(0)
     token = _about_prediction(log_p, p, inputs)
-    _about_text(token, window, inputs[BY_HAND - 2 :])
+    inputs[BY_HAND - 2], inputs[BY_HAND - 1] = _repetition(token, window)
     inputs[BY_HAND:] = hidden
     first = np.maximum(_layer((inputs - mean) * factor, weight_1, bias_1), zero)
     second = np.maximum(_layer(first, weight_2, bias_2), zero)

@@ -121,7 +121,8 @@ class RowReader:
         real = position >= read[:, None]
         seen = int((read + count).max())
         slots = torch.where(real, position, self.cache.room)
-        sees = torch.arange(seen) <= position.clamp(min=0)[..., None]
+        position = position.clamp(min=0)  # of padding: anything that there is
+        sees = torch.arange(seen) <= position[..., None]
         ids = torch.tensor([[0] * (n - len(new)) + new for new in news])
         mask = torch.zeros(sees.shape, dtype=self.model.dtype).masked_fill_(~sees, torch.finfo(self.model.dtype).min)
         device = self.device
@@ -129,7 +130,7 @@ class RowReader:
         with torch.no_grad(), explain_out_of_memory(f"reading {len(rows)} texts", (self.model, self.cache)):
             logits = self.model(
                 input_ids=ids.to(device),
-                position_ids=position.clamp(min=0).to(device),
+                position_ids=position.to(device),
                 attention_mask=mask[:, None].to(device),
                 cache=self.cache,
                 logits_to_keep=keep,

@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate
 from helpers.gate.hidden import noting_hidden
 from helpers.gate.learned import BY_HAND, FILE, OUTPUTS, LearnedSignal, feature_names, signal_inputs
+from helpers.gate.pairs import Pair
 from helpers.gate.prompts import prompt_ids
 from helpers.models.fingerprint import weights_fingerprint
 from helpers.policies import CachedModel, decode
 from helpers.policies.network import Network
 from helpers.training.fitting import History, fit_network, split_texts
 
-Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]  # small, large, and their shared tokenizer
 OPENINGS = (20, 100)  # tokens of an opening that was sampled
 BITS_WEIGHT = 0.3  # of the squared error, in the loss
 LABEL = "whether the large model chooses another token, and by how many bits it prefers it"
@@ -86,9 +85,8 @@ def signal_examples(
             prefixes = [text[: i + 1] for i in range(at.start, at.stop)]
             differs, bits = preferences(logits[row, at], verdicts[row, at])
             inputs = signal_inputs(logits[row, at], hidden.states[row, at], prefixes)
-            for column, part in zip(
-                columns, (inputs, differs, bits, torch.full_like(differs, start + row)), strict=True
-            ):
+            parts = inputs, differs, bits, torch.full_like(differs, start + row)
+            for column, part in zip(columns, parts, strict=True):
                 column.append(part.cpu())
     inputs, differs, bits, text_ids = (torch.cat(column).clone() for column in columns)
     return SignalExamples(inputs, differs, bits, text_ids.long().numpy())

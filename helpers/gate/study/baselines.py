@@ -15,8 +15,6 @@ from helpers.gate.text import LARGE, Generated
 from helpers.gate.writing import Sampler, TextReader, TokenStream
 from helpers.policies.decoding import synchronise
 
-Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]  # small, large, and their shared tokenizer
-
 
 @torch.inference_mode()
 def plain_generate(

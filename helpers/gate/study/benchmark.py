@@ -16,7 +16,7 @@ import torch
 from helpers.evaluation import bootstrap_ratio
 from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate
-from helpers.gate.study.baselines import Pair
+from helpers.gate.pairs import Pair
 from helpers.gate.study.evaluation import GATED, evaluate_gate
 from helpers.gate.study.parts import ideal_with_prompt, time_parts
 from helpers.gate.study.summaries import speed_against_ideal, summarise_methods

@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers.gate.prompts import check_same_tokens
+from helpers.gate.pairs import load_pair
 from helpers.gate.study.benchmark import GateBenchmark, run_gate_benchmark
 from helpers.gate.study.fidelity import FidelitySettings, report_fidelity
 from helpers.gate.study.report import ReportSettings, report_gate
 from helpers.gate.training import sample_openings, save_signal, signal_examples, train_signal
 from helpers.io import relative_to_root
-from helpers.models import get_preset, in_folder, load_model, load_stories
+from helpers.models import get_preset, in_folder, load_stories
 from helpers.training.controllers import write_controller_card
 
 
@@ -69,12 +69,7 @@ def train_gate(
         out: folder instead of the preset's controllers
     """
     found = get_preset(preset, texts_dir)
-    if found.without_pair:
-        raise ValueError(found.without_pair)
-    small, tokenizer = load_model(found.gate_small)
-    large, large_tokenizer = load_model(found.gate_large)
-    check_same_tokens(tokenizer, large_tokenizer)
-    pair = small, large, tokenizer
+    pair, _ = load_pair(found)
     if options.texts:
         texts = load_stories(in_folder(options.texts, texts_dir), found.train_split)
         openings = [" ".join(text.split()[: options.words]) for text in texts[: options.openings]]

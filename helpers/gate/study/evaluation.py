@@ -18,8 +18,9 @@ from helpers.evaluation.tracing import trace_cache
 from helpers.gate.batch import gated_texts
 from helpers.gate.gate import EntropyGate, OnlineTracker
 from helpers.gate.generation import gated_generate
+from helpers.gate.pairs import Pair
 from helpers.gate.prompts import end_tokens
-from helpers.gate.study.baselines import Pair, assisted_generate, plain_generate
+from helpers.gate.study.baselines import assisted_generate, plain_generate
 from helpers.gate.text import LARGE, SMALL, Generated
 from helpers.gate.writing import CacheFactory
 from helpers.policies import PolicyDriver

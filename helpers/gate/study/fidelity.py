@@ -18,12 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from helpers.gate.correction import correct_by_bisection
 from helpers.gate.gate import EntropyGate
 from helpers.gate.learned import signal_of_pair
-from helpers.gate.prompts import check_same_tokens
-from helpers.gate.study.baselines import Pair
+from helpers.gate.pairs import Pair, load_pair
 from helpers.gate.study.evaluation import evaluate_texts
 from helpers.gate.study.sweep import gains_over_random, threshold_on_gated_text
 from helpers.io import relative_to_root, write_table
-from helpers.models import Preset, load_model, load_multiple_choice, sample_texts
+from helpers.models import Preset, load_multiple_choice, sample_texts
 
 COLUMNS = ["story", "words", "method", "tokens", "usage", "rougeL", "fidelity", "shared_prefix"]
 MEASURES = ("fidelity", "shared_prefix", "rougeL")
@@ -132,17 +131,13 @@ def report_fidelity(
     preset: Preset, settings: FidelitySettings, out: str | Path | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure on a preset's pair and stories, print the gains, and write them with every row and their origin."""
-    if preset.without_pair:
-        raise ValueError(preset.without_pair)
+    pair, large_tokenizer = load_pair(preset)
     parts = [load_multiple_choice(preset.multiple_choice, of) for of in (preset.test_split, preset.train_split)]
     folds = [sample_texts(items, min(settings.stories, len(items)), settings.seed) for items in parts]
-    small, tokenizer = load_model(preset.gate_small)
-    large, large_tokenizer = load_model(preset.gate_large)
-    check_same_tokens(tokenizer, large_tokenizer)
     prompts = sum(len(cut_stories(stories, settings.cuts)) for stories in folds)
     with tqdm(desc="texts") as bar:
         table, gates = measure_fidelity(
-            (small, large, tokenizer), folds, settings, preset.data_dir / "controllers", large_tokenizer, bar.update
+            pair, folds, settings, preset.data_dir / "controllers", large_tokenizer, bar.update
         )
     summary = summarise_fidelity(table, gates[0], settings.at)
     means = table.groupby("method", sort=False)[["usage", "fidelity", "shared_prefix", "rougeL"]].mean()

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from helpers.gate.gate import EntropyGate
 from helpers.gate.generation import gated_generate
-from helpers.gate.study.baselines import Pair, plain_generate
+from helpers.gate.pairs import Pair
+from helpers.gate.study.baselines import plain_generate
 from helpers.gate.study.evaluation import GATED
 from helpers.gate.text import LARGE, SMALL
 from helpers.policies.decoding import synchronise

@@ -43,9 +43,8 @@ class ReportSettings:
     max_new_tokens: int = 50  # tokens written on each prompt
     signal: str = "entropy"  # entropy, max_prob, margin, learned, or random (the control)
     rollback: float | None = None  # bits: take back tokens that surprise the large model more
-    target_usage: float | None = (
-        None  # share (0.2) or percent (20) of tokens instead of the percentile, corrected to it
-    )
+    # share (0.2) or percent (20) of tokens instead of the percentile, corrected to it
+    target_usage: float | None = None
     correct: Literal["bisection", "online"] = "bisection"  # on other prompts, or while writing
     repeats: int = 1  # runs of each prompt, of which the median time counts
     max_prompt_tokens: int = 1024  # articles are cut to this

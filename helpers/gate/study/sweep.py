@@ -9,8 +9,8 @@ from helpers.evaluation import bootstrap_groups
 from helpers.gate.correction import measure_usage
 from helpers.gate.gate import EntropyGate
 from helpers.gate.learned import LearnedSignal
+from helpers.gate.pairs import Pair
 from helpers.gate.signals import SIGNALS, Signal, find_signal
-from helpers.gate.study.baselines import Pair
 from helpers.gate.text import LARGE, SMALL
 
 
