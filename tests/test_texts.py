@@ -233,7 +233,7 @@ def test_neither_hub_nor_folder_is_told_before_a_model_is_loaded(monkeypatch, ca
     monkeypatch.setattr(hub, "_download", refuse)
     monkeypatch.delenv("TEXTS_DIR", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    for module in ("training.commands", "evaluation.commands", "gate.study.report", "gate.study.fidelity"):
+    for module in ("training.commands", "evaluation.commands", "gate.study.report", "gate.pairs"):
         monkeypatch.setattr(f"helpers.{module}.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr("helpers.evaluation.commands.default_methods", lambda folder: [])
     with pytest.raises(HubError, match="set TEXTS_DIR to a folder"):

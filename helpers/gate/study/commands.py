@@ -69,12 +69,12 @@ def train_gate(
         out: folder instead of the preset's controllers
     """
     found = get_preset(preset, texts_dir)
-    pair, _ = load_pair(found)
+    openings = []
     if options.texts:
         texts = load_stories(in_folder(options.texts, texts_dir), found.train_split)
         openings = [" ".join(text.split()[: options.words]) for text in texts[: options.openings]]
-    else:
-        openings = sample_openings(pair, options.openings, options.seed)
+    pair, _ = load_pair(found)
+    openings = openings or sample_openings(pair, options.openings, options.seed)
     examples = signal_examples(pair, openings, options.usage, options.new_tokens, seed=options.seed)
     network, history = train_signal(examples, seed=options.seed)
     names = relative_to_root(found.gate_small), relative_to_root(found.gate_large)

@@ -131,9 +131,9 @@ def report_fidelity(
     preset: Preset, settings: FidelitySettings, out: str | Path | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure on a preset's pair and stories, print the gains, and write them with every row and their origin."""
-    pair, large_tokenizer = load_pair(preset)
     parts = [load_multiple_choice(preset.multiple_choice, of) for of in (preset.test_split, preset.train_split)]
     folds = [sample_texts(items, min(settings.stories, len(items)), settings.seed) for items in parts]
+    pair, large_tokenizer = load_pair(preset)
     prompts = sum(len(cut_stories(stories, settings.cuts)) for stories in folds)
     with tqdm(desc="texts") as bar:
         table, gates = measure_fidelity(
