@@ -3,6 +3,7 @@
 The Triton kernels run in Triton's interpreter, on the CPU, unless there is a GPU; then they run on it.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -159,6 +160,16 @@ CASES = {
     "several pieces, 3 groups": replace(BASE, tokens=690, bits=8, pending=True, block=64, groups=3),
 }
 
+# Combinations that Triton's interpreter, to which each is seconds, leaves out unless TRITON_CASES=all: of every coding
+# two in three, so that each still meets several cases and each case several codings. A GPU and all others run all.
+THINNED = {
+    name + more
+    for names in (CODINGS, SPECIAL)
+    for i, name in enumerate(names)
+    for j, more in enumerate(CODED)
+    if (i + j) % 3 and os.environ.get("TRITON_CASES") != "all"
+}
+
 
 def build(case: Case, device: str = "cpu", seed: int = 0) -> tuple[PackedStates, torch.Tensor, torch.Tensor | None]:
     """The second of two layers of a cache, a query of its newest tokens, and the mask."""
@@ -253,9 +264,12 @@ def received_of(states: PackedStates) -> list[torch.Tensor]:
     return [part.used(states.layer).received.double() for part in parts]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_is_dense_attention_over_what_is_stored(implementation, case):
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_dense_attention_over_what_is_stored(implementation, name):
     module, device = implementation
+    if name in THINNED and module.__name__.endswith("triton_cuda") and device == "cpu":
+        pytest.skip("one in three of these in Triton's interpreter; TRITON_CASES=all runs them")
+    case = CASES[name]
     states, query, mask = build(case, device)
     scaling = case.head_dim**-0.5
     special = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.special.items()}

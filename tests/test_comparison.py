@@ -16,7 +16,7 @@ from helpers.cache.plan import Step
 from helpers.cache.rotary import rotary_of
 from helpers.evaluation.comparison import compare_methods, standard_pairs
 from helpers.evaluation.key_bias import biased_keys
-from helpers.evaluation.latency import controller_share, time_decoding
+from helpers.evaluation.latency import LATENCY, controller_share, time_decoding
 from helpers.evaluation.length import against_length, follow_text
 from helpers.evaluation.methods import FullPrecision, Group, PackedMethod, StockQuantized, stock_methods
 from helpers.evaluation.multiple_choice import ending_log_likelihoods, read_endings, score_items
@@ -143,8 +143,11 @@ def test_timing_and_lengths(model_and_tokenizer):
     model, _ = model_and_tokenizer
     methods = [FullPrecision(), PackedMethod(FixedBits(4))]
     times = time_decoding(model, random_ids(1, 60)[0], methods, rounds=2, prompt=32, steps=16)
-    assert times.latency_ratio[0] == 1
+    assert list(times) == ["method", *LATENCY, "cuda_peak_bytes"]
+    assert times.loc[0, LATENCY[3:]].tolist() == [1, 1, 1]
     assert (times.latency_ms > 0).all()
+    assert (times.latency_low <= times.latency_ms).all()
+    assert (times.latency_ms <= times.latency_high).all()
     lengths = against_length(model, methods, (64, 128), steps=4)
     grown = lengths.pivot(index="method", columns="tokens", values="live_bytes")
     assert grown.loc["full precision", 128] == pytest.approx(132 / 68 * grown.loc["full precision", 64])
@@ -158,8 +161,10 @@ def test_a_followed_text_and_its_explorer(model_and_tokenizer, monkeypatch, caps
     model, _ = model_and_tokenizer
     policy = AgeSchedule(8, (Step(1, 2, keep=0.25),))
     groups = [Group("schedule", [PackedMethod(policy)]), Group("full precision", [FullPrecision()])]
-    followed = follow_text(model, random_ids(1, 64)[0], groups)
+    followed = follow_text(model, random_ids(1, 64)[0], groups, every=32)
     assert followed["tokens"].tolist() == [16, 32, 48, 64] * 2
+    assert followed["peak_bytes"].notna().tolist() == [False, True, False, True] * 2
+    assert not (followed["peak_bytes"] < followed["held_bytes"]).any()
     assert (followed["held_bytes"] >= followed["live_bytes"]).all()
     assert [np.mean(bits) for bits in followed["bits"]][4:] == [16.0] * 4
     box = explorers.width_explorer(followed, [f"t{i}" for i in range(64)])
@@ -208,13 +213,13 @@ def test_train_and_compare_commands(tiny_folder, tmp_path, capsys):
     controllers = tmp_path / "controllers"
     assert main.main(["train", *common, "--rows", "3", "--out", str(controllers)]) == 0
     assert {"imitation.safetensors", "commit.json", "settle.safetensors"} <= {p.name for p in controllers.iterdir()}
-    arguments = ["--controllers", str(controllers), "--count", "3", "--max-rows", "2", "--rounds", "0"]
-    assert main.main(["compare", *common, *arguments, "--out", str(tmp_path)]) == 0
+    arguments = ["--controllers", str(controllers), "--max-rows", "2", "--rounds", "0", "--out", str(tmp_path)]
+    assert main.main(["compare", *common, *arguments, "--count", "1", "--length", "96"]) == 0
     table = pd.read_csv(tmp_path / "baseline_comparison_tiny.csv")
     assert {"full precision", "static 4-bit", "rule-based dynamic", "learned, imitation"} <= set(table.method)
     assert (tmp_path / "baseline_comparison_tiny_pairs.csv").is_file()
     assert "best V25% by learned score" in capsys.readouterr().out
-    arguments += ["--out", str(tmp_path), "--length", "256"]
+    arguments += ["--count", "3", "--length", "256"]
     for methods, expected in (("seven", 7), ("choices", 7)):
         assert main.main(["compare", *common, *arguments, "--methods", methods, "--name", methods]) == 0
         table = pd.read_csv(tmp_path / f"{methods}.csv")

@@ -40,12 +40,13 @@ def test_width_explorer():
 
 
 def test_kept_widths_are_read_as_they_were(tmp_path):
-    followed = pd.DataFrame({"method": ["m"], "group": ["static"], "tokens": [2], "live_bytes": [10],
-                             "held_bytes": [12], "bits": [[16.0, 3.125]]})  # fmt: skip
+    followed = pd.DataFrame({"method": ["m"], "group": ["static"], "tokens": [2], "peak_bytes": [float("nan")],
+                             "live_bytes": [10], "held_bytes": [12], "bits": [[16.0, 3.125]]})  # fmt: skip
     explorers.save_widths(tmp_path / "w.jsonl", followed, ["a", "\n"])
     read, texts = explorers.load_widths(tmp_path / "w.jsonl")
     assert texts == ["a", "\n"]
-    assert read.to_dict("records") == [{**followed.iloc[0].to_dict(), "bits": [16.0, 3.12]}]
+    kept = followed.drop(columns="peak_bytes").iloc[0].to_dict()
+    assert read.to_dict("records") == [{**kept, "bits": [16.0, 3.12]}]
     with pytest.raises(FileNotFoundError, match="03_controller_integration"):
         explorers.load_widths(tmp_path / "none.jsonl")
 

@@ -9,10 +9,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from helpers.evaluation.bootstrap import bootstrap_median
+from helpers.evaluation.bootstrap import bootstrap_mean, bootstrap_median
 from helpers.evaluation.device import peak_allocated, reset_peak
 from helpers.evaluation.methods import Method
 from helpers.policies.decoding import decode, timed
+
+# What `time_decoding` measures.
+LATENCY = ["latency_ms", "latency_low", "latency_high", "latency_ratio", "latency_ratio_low", "latency_ratio_high"]
 
 
 def time_decoding(
@@ -26,9 +29,10 @@ def time_decoding(
 ) -> pd.DataFrame:
     """Time per decoded token of each method after a prompt of `prompt` tokens: `ids` `[tokens]` are read step by step.
 
-    Columns `method`, `latency_ms` (median) with `latency_low`, `latency_high` (95% interval over rounds of the
-    median), `latency_ratio` (to the first method, median of the ratios within a round) and `cuda_peak_bytes`. One
-    warm-up round; the order of the methods is drawn anew in each round, so that slow moments hit all alike.
+    A round's time is the mean over its `steps`, so that steps that commit a block count. Columns `method`;
+    `latency_ms` with `latency_low`, `latency_high` (mean over rounds, 95% interval); `latency_ratio` with `_low`,
+    `_high` (to the first method, median of the ratios within a round, 95% interval); `cuda_peak_bytes`. One warm-up
+    round; the order of the methods is drawn anew in each round, so that slow moments hit all alike.
     """
     ids = ids[None, : prompt + steps]
     order, shuffle = list(range(len(methods))), random.Random(seed)
@@ -42,12 +46,11 @@ def time_decoding(
             times[number, turn] = decode(cached, ids[:, prompt:], forced=True).latency_ms
             peaks[number] = max(peaks[number], peak_allocated(model.device))
         shuffle.shuffle(order)
-    times = times[:, 1:]
+    means = times[:, 1:].mean(-1)
     table = pd.DataFrame({"method": [method.name for method in methods]})
-    table[["latency_ms", "latency_low", "latency_high"]] = [bootstrap_median(turns.ravel()) for turns in times]
-    # A median leaves out the steps that commit a block; the ratio is of means, which count them.
-    means = times.mean(-1)
-    return table.assign(latency_ratio=np.median(means / means[0], axis=1), cuda_peak_bytes=peaks)
+    table[LATENCY[:3]] = [bootstrap_mean(turns) for turns in means]
+    table[LATENCY[3:]] = [bootstrap_median(turns) for turns in means / means[0]]
+    return table.assign(cuda_peak_bytes=peaks)
 
 
 def controller_share(

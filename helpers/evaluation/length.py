@@ -43,10 +43,11 @@ def against_length(
     return pd.DataFrame(rows)
 
 
-def follow_text(model: PreTrainedModel, ids: torch.Tensor, groups: Sequence[Group]) -> pd.DataFrame:
+def follow_text(model: PreTrainedModel, ids: torch.Tensor, groups: Sequence[Group], every: int = 64) -> pd.DataFrame:
     """Read `ids` `[tokens]` block by block: after each block, bytes held and the width of every token so far.
 
-    Columns `method`, `group`, `tokens`, `held_bytes`, `live_bytes`, `bits` (a list).
+    Columns `method`, `group`, `tokens`, `held_bytes`, `live_bytes`, `bits` (a list), and at each multiple of `every`
+    tokens `peak_bytes` (else NaN): in deployment, so many tokens as a prompt but for a last block that is decoded.
     """
     rows = []
     for group in groups:
@@ -56,8 +57,11 @@ def follow_text(model: PreTrainedModel, ids: torch.Tensor, groups: Sequence[Grou
                 cached.read(part)
                 packed = isinstance(cached.cache, PackedKVCache)
                 bits = cached.cache.token_bits()[0].tolist() if packed else [16.0] * cached.length
-                row = {"method": method.name, "group": group.name, "tokens": len(bits), **_sizes(cached.cache)}
-                rows.append({**row, "bits": bits})
+                tokens = len(bits)
+                row = {"method": method.name, "group": group.name, "tokens": tokens, "peak_bytes": float("nan")}
+                if tokens % every == 0 and tokens > method.block:
+                    row["peak_bytes"] = deployment_peak(model, ids[None], method, tokens - method.block, method.block)
+                rows.append({**row, **_sizes(cached.cache), "bits": bits})
     return pd.DataFrame(rows)
 
 

@@ -213,9 +213,10 @@ def coding_methods() -> list[Group]:
 def default_methods(controllers: str | Path) -> list[Group]:
     """All methods of the comparison, the learned ones read from the folder `controllers`.
 
-    The hand-made schedules sit out the multiple choice: its contexts are a few blocks long, and hardly anything in
-    them grows old enough to move.
+    All schedules but one sit out the multiple choice: its contexts are a few blocks long, and hardly anything in them
+    grows old enough to move.
     """
+    settled = _settled(controllers)
     imitation, commit = (LearnedController.load(controllers, name) for name in ("imitation", "commit"))
     ranked = [AgeSchedule(*schedule, ranking) for schedule in SCHEDULES for ranking in RANKINGS]
     widths = _packed(*map(FixedBits, (8, 4, 2)))
@@ -227,7 +228,9 @@ def default_methods(controllers: str | Path) -> list[Group]:
         Group("rule", _packed(EntropyRule.load(controllers)), random_control=True),
         Group("schedule", _packed(*simple, *ranked), chooses_endings=False),
         Group("learned at commit", _packed(imitation, commit.at_average(4.0)), random_control=True),
-        Group("learned at settle", _settled(controllers)),
+        Group("learned at settle", settled[:2], chooses_endings=False),
+        Group("learned at settle", settled[2:3]),
+        Group("learned at settle", settled[3:], chooses_endings=False),
         Group("stock", stock_methods()),
         Group("stock", _others(), chooses_endings=False),
     ]

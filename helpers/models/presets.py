@@ -22,7 +22,7 @@ class Sizes:
     settle_rows: int = 16  # sequences of 512 tokens from which settling is learned
     rows: int = 60  # sequences of 512 tokens of the comparison at most
     items: int = 200  # its multiple-choice items at most
-    rounds: int = 4  # of timed decoding
+    rounds: int = 12  # of timed decoding
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)  # tokens of context
 
 
@@ -87,7 +87,7 @@ PRESETS = {
         gate_small=None,
         gate_large=None,
         test_split="validation",
-        sizes=Sizes(1, 8, rows=24, items=20, rounds=2, lengths=(256, 512, 1024, 2048)),
+        sizes=Sizes(1, 8, rows=24, items=20, rounds=9, lengths=(256, 512, 1024, 2048)),
         **HUB_TEXTS | {"stories": "Salesforce/wikitext:wikitext-2-raw-v1"},
     ),
     "smollm": Preset(

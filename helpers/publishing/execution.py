@@ -30,7 +30,7 @@ FAST_PARAMETERS: dict[str, dict[str, object]] = {
     "01_data_collection": {"MAX_TOKENS": 44},
     "02_controller_training": {"TEXTS": 4, "CHECK_TEXTS": 1, "FOLDS": 2, "ROWS": 5, "ROW_TOKENS": 192, "HIDDEN": (8,)},
     "03_controller_integration": {"NEW_TOKENS": 40, "ROWS": 2, "ROUNDS": 1, "LENGTH": 320},
-    "04_baseline_comparison": {"ROWS": 1, "LENGTH": 112, "FIRST": 64, "ITEMS": 2, "ROUNDS": 1, "LENGTHS": (48, 80)},
+    "04_baseline_comparison": {"ROWS": 1, "LENGTH": 112, "FIRST": 64, "ITEMS": 2, "LENGTHS": (48, 80)},
     "05_gated_generation": {"PROMPTS": 4, "TUNING": 3, "CUTS": (50,), "NEW_TOKENS": 12, "TARGETS": (0.2, 0.5)}
     | {"SWEEP": (0.2,), "SPEED_PROMPTS": 2, "PARTS_PROMPTS": 1, "CACHE_PROMPTS": 1},
 }

@@ -30,9 +30,12 @@ def show(build: Callable[[], object]) -> None:
 
 
 def save_widths(path: str | Path, followed: pd.DataFrame, tokens: Sequence[str]) -> None:
-    """Keep a result of `evaluation.length.follow_text` and the text of each token as JSON lines, for `load_widths`."""
+    """Keep a result of `evaluation.length.follow_text` and the text of each token as JSON lines, for `load_widths`.
+
+    Its peaks, which are not known for every block, are left out.
+    """
     lines = [{"texts": list(tokens)}]
-    for row in followed.to_dict("records"):
+    for row in followed.drop(columns="peak_bytes").to_dict("records"):
         lines.append({**row, "bits": [round(float(bits), 2) for bits in row["bits"]]})
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     with atomic_path(path) as temporary:
@@ -111,7 +114,8 @@ def gate_at(table: pd.DataFrame, signal: str, threshold: float) -> Figure:
     part = table[table["signal"] == signal].reset_index(drop=True)
     row = part.loc[(part["threshold"] - threshold).abs().idxmin()]
     title = f"{signal} above {row['threshold']:.3g}: the large model writes {row['usage']:.0%}"
-    about = f"fidelity {row['fidelity']:.2f}, speed-up {row['speedup']:.2f} of at most {row['ideal']:.2f}"
+    timed = "not timed" if pd.isna(row["speedup"]) else f"{row['speedup']:.2f} of at most {row['ideal']:.2f}"
+    about = f"fidelity {row['fidelity']:.2f}; speed-up {timed}"
     return plots.gate_choice(part, row, title, about)
 
 

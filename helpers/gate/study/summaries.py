@@ -14,7 +14,7 @@ def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
     """One row a method: mean `seconds`, `ms_per_token`, `tokens_per_second`, time to first token, ROUGE, fidelity."""
     groups = table.groupby("method", sort=False)
     summary = groups[["seconds", "first_token_seconds", *ROUGE_TYPES, "fidelity"]].mean()
-    totals = groups[["seconds", "tokens"]].sum()
+    totals = groups[["seconds", "tokens"]].sum(min_count=1)  # NaN where nothing was timed
     summary.insert(1, "ms_per_token", 1000 * totals["seconds"] / totals["tokens"])
     summary.insert(2, "tokens_per_second", totals["tokens"] / totals["seconds"])
     return summary
@@ -57,7 +57,8 @@ def paired_intervals(table: pd.DataFrame) -> dict[str, tuple[float, float, float
 def summarise_gates(table: pd.DataFrame, gates: dict[str, EntropyGate]) -> pd.DataFrame:
     """One row a gate of `evaluate_gate`: `signal, threshold, usage, fidelity`, ROUGE, `ms_per_token, speedup`, ideal.
 
-    `usage`, `fidelity`, `rougeL` and `speedup` carry 95% bootstrap intervals over prompts (`_low`, `_high`).
+    `usage`, `fidelity`, `rougeL` and `speedup` carry 95% bootstrap intervals over prompts (`_low`, `_high`). Gates
+    whose `seconds` are NaN have no times.
     """
     ms, rows = summarise_methods(table)["ms_per_token"], []
     for name, gate in gates.items():

@@ -78,6 +78,6 @@ def against_length(table: pd.DataFrame, styles: dict[str, str], title: str, subt
 
 
 def latency_bars(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
-    """Median time per token of each `method` with its interval, coloured by `group`."""
-    label = "median time per token (ms)"
+    """Mean time per token of each `method` with its interval, coloured by `group`."""
+    label = "mean time per token (ms)"
     return method_bars(table, "latency_ms", "latency_low", "latency_high", label, title, subtitle)

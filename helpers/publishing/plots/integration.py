@@ -3,21 +3,29 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.publishing.plots.style import GROUP_STYLES, frame, legend_beside, method_bars
+from helpers.publishing.plots.style import GROUP_STYLES, method_bars, panels
 
 
 def bytes_over_text(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
-    """Held and live bytes (`held_bytes`, `live_bytes`) of each `method` (with its `group`) against `tokens` read."""
-    figure, axes = frame(title, subtitle, (8.2, 3.6))
+    """Peak bytes, and held beside live ones, of each `method` (with its `group`) against `tokens` read.
+
+    Columns `peak_bytes` (NaN where it was not measured), `held_bytes`, `live_bytes`.
+    """
+    figure, (left, right) = panels(title, subtitle, (8.6, 4.4), 2)
     for number, (name, part) in enumerate(table.groupby("method", sort=False)):
         colour, _ = GROUP_STYLES[part["group"].iloc[0]]
-        look = {"color": colour, "marker": "osD^v*"[number % 6], "markersize": 4, "markevery": (2 + number, 6)}
-        axes.plot(part["tokens"], part["held_bytes"] / 1024, linewidth=1.4, label=name, **look)
-        axes.plot(part["tokens"], part["live_bytes"] / 1024, ":", linewidth=1.2, **look)
-    axes.plot([], [], ":", color="0.3", label="dotted: live, without spare capacity")
-    axes.set_xlabel("tokens read")
-    axes.set_ylabel("held by the cache (KiB)")
-    legend_beside(axes, fontsize=7.5)
+        look = {"color": colour, "marker": "osD^v*"[number % 6], "markersize": 4}
+        peaks = part.dropna(subset="peak_bytes")
+        left.plot(peaks["tokens"], peaks["peak_bytes"] / 1024, linewidth=1.4, label=name, **look)
+        look["markevery"] = (2 + number, 6)
+        right.plot(part["tokens"], part["held_bytes"] / 1024, linewidth=1.4, **look)
+        right.plot(part["tokens"], part["live_bytes"] / 1024, ":", linewidth=1.2, **look)
+    left.plot([], [], ":", color="0.3", label="dotted: live, without spare room")
+    for axes, label in ((left, "peak (KiB)"), (right, "held, and live (KiB)")):
+        axes.set_xlabel("tokens of the text")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
