@@ -55,7 +55,8 @@ def width_explorer(followed: pd.DataFrame, tokens: Sequence[str], shown: int = 9
     `followed` is a result of `follow_text`, `tokens` the text of each token; the `shown` newest are drawn.
     """
     lengths = sorted(followed["tokens"].unique())
-    method = widgets.Dropdown(options=list(followed["method"].unique()), description="policy")
+    names = list(followed["method"].unique())
+    method = widgets.Dropdown(options=names, description="policy", layout={"width": "420px"})
     read = widgets.SelectionSlider(options=lengths, value=lengths[-1], description="tokens read")
     return _explorer(lambda: widths_after(followed, tokens, method.value, read.value, shown), [method, read])
 
