@@ -4,13 +4,14 @@ PYTHON ?= python3
 PRESET ?= embedded
 TORCH ?= 2.13.0
 BIN := .venv/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 export PRESET
 ifdef TEXTS_DIR
 override TEXTS_DIR := $(abspath $(TEXTS_DIR))
 export TEXTS_DIR
 endif
 
-.PHONY: run test lab lint clean
+.PHONY: run test coverage lab lint clean
 
 run: .venv/ready
 	$(BIN)/python -m helpers.publishing
@@ -18,7 +19,10 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --cov --cov-report=
+	$(PYTEST)
+
+coverage: .venv/ready  # the same tests under a tracer, which take half as long again, and the floors on coverage
+	$(PYTEST) --cov --cov-report=
 	$(BIN)/python tests/check_coverage.py
 
 lab: .venv/ready

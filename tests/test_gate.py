@@ -617,6 +617,18 @@ def test_the_gates_figures_and_explorer(several, pair, tmp_path):
     assert image.value != before
 
 
+def test_gates_that_were_not_timed_have_no_times(several):
+    gates, table, summary = several
+    untimed = table["method"] == "random 0.7"
+    table = table.assign(seconds=table["seconds"].mask(untimed))
+    found = summarise_gates(table, gates)
+    assert found["speedup"].isna().tolist() == [False, False, True]
+    pd.testing.assert_series_equal(found["fidelity"], summary["fidelity"])
+    shown = explorers.gate_at(found, "random", 0.7)
+    assert "not timed" in "".join(text.get_text() for text in shown.texts)
+    plt.close(shown)
+
+
 def test_articles_are_cut_to_fit_and_sampled_apart(pair):
     tokenizer = pair[2]
     articles = load_articles(ROOT / "data/samples/openings.jsonl", "test")

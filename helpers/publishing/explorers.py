@@ -61,14 +61,16 @@ def width_explorer(followed: pd.DataFrame, tokens: Sequence[str], shown: int = 9
     return _explorer(lambda: widths_after(followed, tokens, method.value, read.value, shown), [method, read])
 
 
-def widths_after(followed: pd.DataFrame, tokens: Sequence[str], method: str, read: int, shown: int = 96) -> Figure:
+def widths_after(
+    followed: pd.DataFrame, tokens: Sequence[str], method: str, read: int, shown: int = 96, title: str | None = None
+) -> Figure:
     """What `width_explorer` draws for one method after `read` tokens."""
     row = followed[(followed["method"] == method) & (followed["tokens"] == read)].iloc[0]
     first = max(0, read - shown)
     bits = row["bits"][first:read]
     held, live = (f"{row[name] / 1024:.0f}" for name in ("held_bytes", "live_bytes"))
     about = f"{method}; {held} KiB held ({live} live), {sum(row['bits']) / read:.2f} bits on average"
-    return plots.tokens_by_width(tokens[first:read], bits, f"After {read} tokens", about)
+    return plots.tokens_by_width(tokens[first:read], bits, title or f"After {read} tokens", about)
 
 
 def policy_explorer(table: pd.DataFrame):

@@ -12,13 +12,16 @@ def bytes_over_text(table: pd.DataFrame, title: str, subtitle: str) -> Figure:
     Columns `peak_bytes` (NaN where it was not measured), `held_bytes`, `live_bytes`.
     """
     figure, (left, right) = panels(title, subtitle, (8.6, 4.4), 2)
+    drawn = []
     for number, (name, part) in enumerate(table.groupby("method", sort=False)):
-        colour, _ = GROUP_STYLES[part["group"].iloc[0]]
-        look = {"color": colour, "marker": "osD^v*"[number % 6], "markersize": 4}
+        group = part["group"].iloc[0]
+        look = {"color": GROUP_STYLES[group][0], "marker": "osD^v*"[number % 6], "markersize": 4}
+        line = {"linewidth": 1.4, "linestyle": "--" if group in drawn else "-"}
+        drawn.append(group)
         peaks = part.dropna(subset="peak_bytes")
-        left.plot(peaks["tokens"], peaks["peak_bytes"] / 1024, linewidth=1.4, label=name, **look)
+        left.plot(peaks["tokens"], peaks["peak_bytes"] / 1024, label=name, **look, **line)
         look["markevery"] = (2 + number, 6)
-        right.plot(part["tokens"], part["held_bytes"] / 1024, linewidth=1.4, **look)
+        right.plot(part["tokens"], part["held_bytes"] / 1024, **look, **line)
         right.plot(part["tokens"], part["live_bytes"] / 1024, ":", linewidth=1.2, **look)
     left.plot([], [], ":", color="0.3", label="dotted: live, without spare room")
     for axes, label in ((left, "peak (KiB)"), (right, "held, and live (KiB)")):
