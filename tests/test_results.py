@@ -98,4 +98,4 @@ def test_committed_training_data_is_sound():
 def test_helpers_import_from_anywhere(tmp_path):
     command = [sys.executable, "-c", "import helpers.cache; print('ok')"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "ok\n"
-    assert torch.__version__.startswith("2.13.0")
+    assert (2, 13) <= tuple(map(int, torch.__version__.split(".")[:2])) < (3,), "as requirements.txt has it"
