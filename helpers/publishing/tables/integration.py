@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from helpers.evaluation import Comparison
-from helpers.publishing.tables.layout import fixed, interval, intervals
+from helpers.publishing.tables.layout import fixed, intervals, paired_difference
 
 
 def method_frame(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
@@ -20,11 +20,13 @@ def method_frame(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
 
 def difference_frame(comparison: Comparison, methods: Sequence[str], others: Sequence[str]) -> pd.DataFrame:
     """Each of `methods` minus each of `others`, paired by sequence: next-token accuracy in points, KL in nats."""
-    rows = {}
-    for method, other in ((m, o) for m in methods for o in others):
-        told = rows[method, other] = {}
-        for title, of, digits, scale in (("accuracy, points", "accuracy", 2, 100), ("KL, nats", "kl", 4, 1)):
-            found = comparison.paired(method, other, of)
-            named = {"x": found["difference"], "x_low": found["low"], "x_high": found["high"]}
-            told[title] = interval(named, "x", digits, scale, sign=True)
+    columns = {"accuracy, points": ("accuracy", 2, 100), "KL, nats": ("kl", 4, 1)}
+    rows = {
+        (method, other): {
+            title: paired_difference(comparison.paired(method, other, of), digits, scale)
+            for title, (of, digits, scale) in columns.items()
+        }
+        for method in methods
+        for other in others
+    }
     return pd.DataFrame(rows).T.rename_axis(["method", "against"])

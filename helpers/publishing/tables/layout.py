@@ -40,9 +40,10 @@ def intervals(table: pd.DataFrame, name: str, digits: int, scale: float = 1, sig
     return pd.Series(texts, table.index, dtype=object)
 
 
-def paired_difference(row: pd.Series) -> str:
+def paired_difference(row: pd.Series | dict, digits: int = 4, scale: float = 1) -> str:
     """`difference [low, high]` of a row of a table of paired differences."""
-    return interval({"kl": row["difference"], "kl_low": row["low"], "kl_high": row["high"]}, "kl", 4, sign=True)
+    named = {"difference": row["difference"], "difference_low": row["low"], "difference_high": row["high"]}
+    return interval(named, "difference", digits, scale, sign=True)
 
 
 def kl_intervals(table: pd.DataFrame) -> pd.Series:
